@@ -1,0 +1,57 @@
+"""evaluate: in a silo, complete the last round's validation metrics, and read the test split, which no other box does.
+
+Scored on test: the initial global, the best one so far by pooled validation loss, and the last one. What has a score is not scored again.
+
+    python -m silotune.components.evaluate.step FEDERATION SILO TURN
+"""
+
+from __future__ import annotations
+
+import sys
+
+from silotune.components import base_model, opening, silo_job
+from silotune.components.federation import Federation
+from silotune.components.rounds import Rounds
+from silotune.components.silo_job import silo_home, status_text
+from silotune.components.train.step import check_terms, evaluate_split, open_split
+
+
+def run(federation: str, silo: str, turn: str) -> str:
+    """As a pipeline task: supervised. ``turn`` only orders it behind the last round."""
+    return silo_job.supervise("evaluate", federation, silo, turn)
+
+
+def work(federation_file: str, silo_id: str, turn: str) -> str:
+    """Returns the status."""
+    federation = Federation.load(federation_file)
+    silo = federation.silo(silo_id)
+    rounds = Rounds.of(federation)
+    home = silo_home(federation, silo)
+    latest = rounds.latest()
+    if latest is None or silo_id not in rounds.agreement(latest.agreement).silos:
+        return status_text(silo_id, "ok", "nothing to do")
+    agreement = rounds.agreement(latest.agreement)
+    best = opening.best_round(rounds)
+    tested = {rounds.commit(0).outgoing, rounds.commit(best).outgoing, latest.outgoing} if silo.test else set()
+    shards = {"valid": open_split(home, "valid")} | ({"test": open_split(home, "test")} if silo.test else {})
+    wanted = [("valid", latest.outgoing), *(("test", g) for g in sorted(tested))]
+    wanted = [(split, g) for split, g in wanted if rounds.evaluation(g, silo_id, split, shards[split].digest) is None]
+    if not wanted:
+        return status_text(silo_id, "ok")
+
+    from silotune.components.learning import model as models
+    from silotune.components.learning.tensor_file import open_tensor_file
+
+    base = base_model.resolve(federation.model.base, home / "base")
+    check_terms(federation, agreement, base, silo_id)
+    pad = models.pad_id(models.load_tokenizer(base.folder))
+    model = models.load_trainable(base.folder, agreement.model, seed=0)  # every new weight is overwritten just below
+    for outgoing in dict.fromkeys(g for _, g in wanted):
+        models.load_state(model, open_tensor_file(rounds.fetch_object(outgoing, home / "incoming.safetensors")).read_all())
+        for split in (s for s, g in wanted if g == outgoing):
+            evaluate_split(rounds, agreement, model, outgoing, shards[split], silo_id, split, pad)
+    return status_text(silo_id, "ok")
+
+
+if __name__ == "__main__":
+    print(work(*sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""export: the chosen global becomes a folder that transformers or peft load, with tokenizer and a card of where it comes from.
+
+python -m silotune.components.export.step FEDERATION TURN
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from silotune.components import base_model, child, opening, tracking
+from silotune.components.errors import RefusedError
+from silotune.components.federation import Agreement, Federation
+from silotune.components.progress import tell
+from silotune.components.rounds import Commit, Exported, Rounds, Turn, file_digest, perplexity, pooled
+from silotune.components.silo_job import parse_status
+
+
+def run(federation: str, turn: str, statuses: list[str]) -> str:
+    """As a pipeline task."""
+    return child.call("export", federation, turn, *statuses)
+
+
+def work(federation_file: str, turn_text: str, *statuses: str) -> str:
+    """Returns where the model was put.
+
+    Raises:
+        RefusedError: nothing has been committed yet.
+        UnreachableError: the store, or the tracking server after the export was written.
+    """
+    federation = Federation.load(federation_file)
+    rounds = Rounds.of(federation)
+    latest = rounds.latest()
+    if latest is None:
+        raise RefusedError("nothing to export: no round is committed; run the federation first")
+    for silo, status, reason in map(parse_status, statuses):
+        if status != "ok":
+            tell("evaluate", "warned", silo, detail=f"{silo} has not been evaluated: {status}: {reason}")
+    number = opening.best_round(rounds) if federation.export.select == "best" else latest.round
+    commit = rounds.commit(number)
+    exported = rounds.export(_export_id(commit, federation)) or _export(federation, rounds, commit)
+    tracking.record_export(federation, rounds, exported, finished=bool(Turn.parse(turn_text).done))
+    return exported.location
+
+
+def _export_id(commit: Commit, federation: Federation) -> str:
+    return f"{commit.digest}{'-merged' if federation.export.merge else ''}"
+
+
+def _export(federation: Federation, rounds: Rounds, commit: Commit) -> Exported:
+    agreement = rounds.agreement(commit.agreement)
+    base = base_model.resolve(federation.model.base, federation.work / "base")
+    prefix = rounds.key("exports", _export_id(commit, federation)[:24].rstrip("-"))
+    with tempfile.TemporaryDirectory(dir=federation.work) as name:
+        folder = Path(name)
+        incoming = rounds.fetch_object(commit.outgoing, folder / ".global.safetensors")
+        out = folder / "model"
+        out.mkdir()
+        save_model(federation, agreement, base, incoming, out)
+        (out / "README.md").write_text(card(federation, rounds, commit, base), encoding="utf-8")
+        files = {str(p.relative_to(out)): p for p in sorted(out.rglob("*")) if p.is_file()}
+        for relative, path in files.items():
+            rounds.store.put_file(f"{prefix}/{relative}", path)
+        digests = {relative: file_digest(path) for relative, path in files.items()}
+    return rounds.write_export(
+        Exported(
+            commit=_export_id(commit, federation),
+            round=commit.round,
+            outgoing=commit.outgoing,
+            location=rounds.store.url(prefix),
+            files=digests,
+        )
+    )
+
+
+def save_model(federation: Federation, agreement: Agreement, base: base_model.Base, state_file: Path, out: Path) -> None:
+    """Write a PEFT folder, or a full model, with its tokenizer."""
+    from silotune.components.learning import model as models
+
+    model = trained_model(agreement, base, state_file)
+    models.load_tokenizer(base.folder).save_pretrained(out)
+    if agreement.model["method"] == "lora":
+        if federation.export.merge:
+            model = model.merge_and_unload()
+        else:
+            location = federation.model.base
+            model.peft_config["default"].base_model_name_or_path = location.partition("@")[0]
+    model.save_pretrained(out, safe_serialization=True)
+
+
+def trained_model(agreement: Agreement, base: base_model.Base, state_file: Path) -> Any:
+    """The base with a global's trainable state in it."""
+    from silotune.components.learning import model as models
+    from silotune.components.learning.tensor_file import open_tensor_file
+
+    model = models.load_trainable(base.folder, agreement.model, seed=0)
+    models.load_state(model, open_tensor_file(state_file).read_all())
+    model.eval()
+    return model
+
+
+def card(federation: Federation, rounds: Rounds, commit: Commit, base: base_model.Base) -> str:
+    """The model card: what it is, where it comes from, how it does."""
+    agreement = rounds.agreement(commit.agreement)
+    silos = sorted({silo for c in rounds.commits() if c.round <= commit.round for silo in c.contributions})
+    rows = []
+    for split in ("valid", "test"):
+        for label, outgoing in (("base", rounds.commit(0).outgoing), ("federated", commit.outgoing)):
+            found = rounds.evaluations(outgoing, split)
+            if found:
+                rows.append(f"| {label} | {split} | all | {pooled(found)['loss']:.4f} | {pooled(found)['perplexity']:.2f} |")
+                losses = ((s, e.loss_sum / e.tokens) for s, e in sorted(found.items()))
+                rows += [f"| {label} | {split} | {silo} | {loss:.4f} | {perplexity(loss):.2f} |" for silo, loss in losses]
+    front = ["---", "library_name: " + ("peft" if agreement.model["method"] == "lora" and not federation.export.merge else "transformers")]
+    front += ["tags: [federated-learning, silotune]", "---"]
+    body = [
+        f"# {federation.name}",
+        "",
+        f"A causal language model fine-tuned by {len(silos)} silos that did not share their records, with silotune.",
+        "",
+        "| lineage | |",
+        "|---|---|",
+        f"| round | {commit.round} |",
+        f"| commit | `{commit.digest}` |",
+        f"| global | `{commit.outgoing}` |",
+        f"| agreement | `{commit.agreement}` |",
+        f"| base model | `{agreement.base}` |",
+        f"| tokenizer | `{base.tokenizer}` |",
+        f"| silos | {', '.join(silos)} |",
+        f"| method | {agreement.model['method']}, {agreement.aggregation.strategy} weighted by {agreement.aggregation.weights} |",
+        "",
+        "| model | split | silo | loss (nats per token) | perplexity |",
+        "|---|---|---|--:|--:|",
+        *rows,
+        "",
+        f"Responses are learned from prompts laid out as `{federation.data.template!r}`." if agreement.data["format"] != "text" else "",
+    ]
+    return "\n".join([*front, *body]).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    print(work(*sys.argv[1:]))

@@ -1,0 +1,61 @@
+"""Evaluation: how well a model predicts the target tokens of a split. Sums, not means, so that silos pool exactly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from silotune.components.learning.batches import batches, stream
+from silotune.components.learning.tokens import Shard
+from silotune.components.learning.training import NonFiniteLoss, target_logits
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over the target tokens of some examples."""
+
+    examples: int
+    tokens: int
+    loss_sum: float  # nats
+    correct: int
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.tokens
+
+
+def chosen(shard: Shard, max_examples: int | None, *seed: object) -> np.ndarray:
+    """The examples that count: all, or the first ``max_examples`` of a seeded order; sorted, (n,) int64."""
+    if max_examples is None or max_examples >= len(shard):
+        return np.arange(len(shard))
+    return np.sort(stream(len(shard), 0, max_examples, *seed))
+
+
+def evaluate(model: Any, shard: Shard, indices: np.ndarray, batch_size: int, max_length: int, pad: int) -> Score:
+    """Score a model on some examples of a shard.
+
+    Raises:
+        NonFiniteLoss: the loss is not finite.
+    """
+    import torch
+    from accelerate import PartialState
+
+    device = PartialState().device
+    model.to(device).eval()
+    loss_sum, tokens, correct = 0.0, 0, 0
+    # Examples of like length share a batch, so that little is padded.
+    order = indices[np.argsort(shard.lengths(indices), kind="stable")]
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            for batch in batches(shard, order[start : start + batch_size], 1, max_length, pad, packing=True):
+                logits, wanted = target_logits(model, batch.to(device))
+                losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+                loss_sum += float(losses.double().sum())
+                correct += int((logits.argmax(-1) == wanted).sum())
+                tokens += batch.tokens
+    if not math.isfinite(loss_sum):
+        raise NonFiniteLoss("in evaluation")
+    return Score(len(indices), tokens, loss_sum, correct)

@@ -1,0 +1,144 @@
+"""The model: a base from a local folder, made trainable by LoRA (through peft) or as a whole.
+
+What travels between silos is the *trainable state*: a flat dict of float32 tensors. Names are those of peft's own adapter files, or of the
+model's parameters, so that a global model is a loadable adapter and needs no translation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from silotune.components.errors import FederationError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Schema = dict[str, list[int]]  # tensor name -> shape; every trainable tensor is float32
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a base folder. Raises FederationError where there is none, or it cannot tell where its tokens stand in the text."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise FederationError(f"model.base {str(folder)!r}: holds no tokenizer; save the base's tokenizer into the folder") from None
+    if not tokenizer.is_fast:
+        raise FederationError(
+            f"model.base {str(folder)!r}: its tokenizer has no fast version (tokenizer.json), which silotune needs; convert it"
+        )
+    if tokenizer.eos_token_id is None:
+        raise FederationError(
+            f"model.base {str(folder)!r}: its tokenizer names no end-of-text token; set eos_token in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id that fills rows; never attended to and never a target, so any valid one will do."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def load_base(folder: Path, dtype: str) -> Any:
+    """The causal language model of a folder, from safetensors only.
+
+    Raises:
+        FederationError: no such model, weights not in safetensors, or an architecture that needs code from the folder.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FederationError(
+            f"model.base {str(folder)!r}: not a causal language model in safetensors that transformers can load: {reason}"
+        ) from None
+
+
+def load_trainable(folder: Path, model_terms: dict[str, Any], seed: int) -> Any:
+    """`load_base` and `make_trainable` by an agreement's terms; what is trained is held in float32."""
+    dtype = "float32" if model_terms["method"] == "full" else model_terms["dtype"]
+    return make_trainable(load_base(folder, dtype), model_terms, seed)
+
+
+def make_trainable(base: Any, model_terms: dict[str, Any], seed: int) -> Any:
+    """Freeze a base and add adapters, or leave every weight trainable. New weights depend on ``seed`` only.
+
+    Raises:
+        FederationError: target modules that match nothing, with the names that exist.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    if model_terms["method"] == "full":
+        base.requires_grad_(True)
+        return base
+    from peft import get_peft_model
+
+    return get_peft_model(base, lora_config(base, model_terms["lora"]))
+
+
+def lora_config(base: Any, lora: dict[str, Any]) -> Any:
+    """peft's configuration of the adapters, with target modules checked and spelled out."""
+    import torch
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    output = base.get_output_embeddings()
+    layers = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not output}
+    names = sorted({n.rsplit(".", 1)[-1] for n in layers})
+    targets = names if lora["target_modules"] == "all-linear" else lora["target_modules"]
+    if unknown := [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in layers)]:
+        raise FederationError(f"model.lora.target_modules: no layer is named {', '.join(unknown)}; this base has {', '.join(names)}")
+    convolved = [isinstance(m, Conv1D) for n, m in layers.items() if any(n == t or n.endswith(f".{t}") for t in targets)]
+    if any(convolved) and not all(convolved):
+        raise FederationError(
+            "model.lora.target_modules: may not mix Conv1D and Linear layers, whose weights lie the other way round; choose one kind"
+        )
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=sorted(targets),
+        fan_in_fan_out=any(convolved),  # GPT-2's Conv1D keeps its weight as (in, out)
+    )
+
+
+def trainable_state(model: Any) -> dict[str, np.ndarray]:
+    """Copies of the trainable tensors as float32 arrays on the CPU, by name in sorted order."""
+    import torch
+
+    return {name: tensor.detach().to("cpu", torch.float32).numpy().copy() for name, tensor in sorted(_trainable(model).items())}
+
+
+def load_state(model: Any, state: dict[str, np.ndarray]) -> None:
+    """Put a trainable state into a model. Raises ValueError where names or shapes differ."""
+    import torch
+
+    own = _trainable(model)
+    if own.keys() != state.keys():
+        odd = sorted(own.keys() ^ state.keys())
+        raise ValueError(f"the state and the model differ in {len(odd)} tensor names, such as {odd[0]!r}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise ValueError(f"tensor {name!r}: the model's shape is {tuple(tensor.shape)}, the state's {state[name].shape}")
+            tensor.copy_(torch.from_numpy(state[name]))
+
+
+def schema_of(state: dict[str, np.ndarray]) -> Schema:
+    return {name: list(array.shape) for name, array in sorted(state.items())}
+
+
+def _trainable(model: Any) -> dict[str, torch.Tensor]:
+    """The trainable parameters themselves (not copies), under the names they travel by."""
+    adapter = ".default."  # peft's name for the only adapter; its own files leave it out, too
+    return {n.replace(adapter, "."): p for n, p in model.named_parameters() if p.requires_grad}

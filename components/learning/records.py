@@ -1,0 +1,168 @@
+"""Records: what a silo's files hold, one dict at a time, and the text an example is made of.
+
+Reads jsonl, csv, parquet, txt, and folders of these (files in name order). Errors name the file and the line, never a record's content:
+a message may travel further than a record may.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from silotune.components.errors import FederationError
+
+FIELDS = {"prompt-response": ("prompt", "response"), "chat": ("messages",), "text": ("text",)}
+
+Render = Callable[[list[dict[str, str]], bool], str]
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Text of one example and the character spans [start, end) of it that are to be learned."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def read_records(path: Path, kind: str, fields: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, record) for every record of a file or folder, with exactly the fields that format ``kind`` needs.
+
+    Args:
+        path: a .jsonl, .csv, .parquet or .txt file, or a folder of such files.
+        kind: ``prompt-response``, ``chat`` or ``text``.
+        fields: field -> column where a file names it otherwise.
+
+    Raises:
+        FederationError: unreadable file, invalid UTF-8, a line that is no object, a missing or mistyped field.
+    """
+    if not path.exists():
+        raise FederationError(f"{path}: no such file; correct the path in the federation file")
+    files = sorted(p for p in path.iterdir() if p.suffix in READERS) if path.is_dir() else [path]
+    if not files:
+        raise FederationError(f"{path}: holds no {', '.join(sorted(READERS))} file")
+    for file in files:
+        if file.suffix not in READERS:
+            raise FederationError(f"{file}: must be one of {', '.join(sorted(READERS))}, got {file.suffix or 'no suffix'!r}")
+        try:
+            for place, row in READERS[file.suffix](file):
+                yield place, _pick(place, row, kind, fields)
+        except UnicodeDecodeError as error:
+            raise FederationError(f"{file.name}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
+        except OSError as error:
+            raise FederationError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def _pick(place: str, row: dict[str, Any], kind: str, fields: dict[str, str]) -> dict[str, Any]:
+    picked = {}
+    for field in FIELDS[kind]:
+        column = fields.get(field, field)
+        if column not in row:
+            raise FederationError(
+                f"{place}: has no field {column!r}, which format {kind!r} needs; add it, or name the column under data.fields"
+            )
+        value = row[column]
+        if field == "messages":
+            if not isinstance(value, list) or not value or not all(_is_message(m) for m in value):
+                raise FederationError(f"{place}: field {column!r} must be a list of objects with text in 'role' and 'content'")
+        elif not isinstance(value, str):
+            raise FederationError(f"{place}: field {column!r} must be text, got {type(value).__name__}")
+        picked[field] = value
+    return picked
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{file.name}, line {number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError:
+                raise FederationError(f"{place}: not UTF-8 text; convert the file to UTF-8") from None
+            except (ValueError, RecursionError):
+                raise FederationError(f"{place}: not valid JSON; write one JSON object a line") from None
+            if not isinstance(row, dict):
+                raise FederationError(f"{place}: must be a JSON object, got {type(row).__name__}; write one JSON object a line")
+            yield place, row
+
+
+def _read_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig", newline="") as text:
+        rows = csv.DictReader(text, strict=True)
+        try:
+            for row in rows:
+                yield f"{file.name}, line {rows.line_num}", {k: v for k, v in row.items() if k is not None}
+        except csv.Error as error:
+            raise FederationError(f"{file.name}, line {rows.line_num}: not valid CSV: {error}") from None
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file.name}, row {number}", row
+    except pyarrow.ArrowException:
+        raise FederationError(f"{file.name}: not a valid parquet file (after row {number})") from None
+
+
+def _read_txt(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    text = file.read_text(encoding="utf-8").strip()
+    if text:
+        yield file.name, {"text": text}
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}
+
+
+def lay_out(record: dict[str, Any], template: str, render: Render | None) -> Laid:
+    """The text of a record, with the spans to be learned: responses, assistant turns, or everything.
+
+    Args:
+        record: with the fields of one format.
+        template: for prompt-response; ``chat`` for the tokenizer's chat template.
+        render: (messages, add_generation_prompt) -> text, from the tokenizer's chat template.
+
+    Raises:
+        FederationError: a chat template is asked for and there is none, or it rewrites earlier turns.
+    """
+    if "text" in record:
+        return Laid(record["text"], ((0, len(record["text"])),))
+    if "prompt" in record and template != "chat":
+        before, after = template.removesuffix("{response}").split("{prompt}")
+        head = before + record["prompt"] + after
+        return Laid(head + record["response"], ((len(head), len(head) + len(record["response"])),))
+    if render is None:
+        raise FederationError("the base model's tokenizer has no chat template; add one to it, or give data.template as text")
+    messages = record.get("messages") or [
+        {"role": "user", "content": record["prompt"]},
+        {"role": "assistant", "content": record["response"]},
+    ]
+    text = render(messages, False)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            head, turn = render(messages[:i], True) if i else "", render(messages[: i + 1], False)
+            if not (turn.startswith(head) and text.startswith(turn)):
+                raise FederationError("the tokenizer's chat template rewrites earlier turns, so that responses cannot be found in its text")
+            spans.append((len(head), len(turn)))
+    return Laid(text, tuple(spans))

@@ -1,0 +1,190 @@
+"""Tensor files: the safetensors container, written and read strictly, tensor by tensor, in numpy.
+
+    8 bytes    length N of the header, unsigned little-endian
+    N bytes    header: UTF-8 JSON, {"__metadata__": {text: text}, name: {"dtype", "shape", "data_offsets": [start, end]}, ...}
+    the rest   tensors end to end in the header's order, little-endian, row-major, no holes, nothing behind the last
+
+Any safetensors reader opens these files. This one is stricter than the format, for files that come from others: names in sorted order, only
+F32 and BF16, offsets without holes or overlaps, sizes that follow from the shapes, a header of at most 64 MiB, a file of exactly the length
+that the header says. Nothing is allocated on a header's word before all this holds. Only numpy is needed, so that the aggregator runs
+without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+HEADER_LIMIT = 64 << 20
+WIDTH = {"F32": 4, "BF16": 2}
+
+
+class MalformedFile(ValueError):
+    """Not a tensor file in the strict sense; the message says which rule is broken."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor stands in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+    end: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An open file's header; tensors are read one at a time."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+
+    def raw(self, name: str) -> bytes:
+        """The bytes of a tensor as they stand in the file."""
+        entry = self.entries[name]
+        with self.path.open("rb") as file:
+            file.seek(entry.start)
+            data = file.read(entry.end - entry.start)
+        if len(data) != entry.end - entry.start:
+            raise MalformedFile(f"tensor {name!r}: the file ends inside it")
+        return data
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as float32."""
+        entry = self.entries[name]
+        return from_bytes(self.raw(name), entry.dtype).reshape(entry.shape)
+
+    def read_all(self) -> dict[str, np.ndarray]:
+        return {name: self.read(name) for name in self.entries}
+
+
+def to_bytes(array: np.ndarray, dtype: str) -> bytes:
+    """Little-endian bytes of a float32 array as F32, or as BF16 rounded to nearest, ties to even."""
+    if array.dtype != np.float32:
+        raise ValueError(f"tensors must be float32, got {array.dtype}")
+    if dtype == "F32":
+        return np.ascontiguousarray(array, "<f4").tobytes()
+    bits = np.ascontiguousarray(array, "<f4").view("<u4")
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    rounded = np.where(np.isnan(array), 0x7FC0, rounded)
+    return rounded.astype("<u2").tobytes()
+
+
+def from_bytes(data: bytes, dtype: str) -> np.ndarray:
+    """The float32 array of such bytes, flat."""
+    if dtype == "F32":
+        return np.frombuffer(data, "<f4").astype(np.float32, copy=False)
+    return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def write_tensor_file(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[tuple[str, bytes]], metadata: Mapping[str, str]
+) -> None:
+    """Write a file in one go; it appears under its name when it is complete.
+
+    Args:
+        shapes: of all tensors.
+        dtype: of all tensors, ``F32`` or ``BF16``.
+        tensors: (name, bytes) in sorted order of names; may be produced on the way.
+        metadata: text by text.
+
+    Raises:
+        ValueError: tensors and shapes do not match.
+    """
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at = 0
+    for name in sorted(shapes):
+        size = math.prod(shapes[name]) * WIDTH[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shapes[name]), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, for memory maps
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with scratch.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            expected = iter(sorted(shapes))
+            for name, data in tensors:
+                if name != next(expected, None) or len(data) != math.prod(shapes[name]) * WIDTH[dtype]:
+                    raise ValueError(f"tensor {name!r}: is not the next one, or not of the size that was announced")
+                file.write(data)
+            if (missing := next(expected, None)) is not None:
+                raise ValueError(f"tensor {missing!r}: was announced and not written")
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def open_tensor_file(path: Path) -> TensorFile:
+    """Read and check a header.
+
+    Raises:
+        MalformedFile: a rule of the format is broken.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8:
+            raise MalformedFile(f"the file of {size} bytes is too short for its header")
+        if length > HEADER_LIMIT:
+            raise MalformedFile(f"the header of {length} bytes is over the limit of {HEADER_LIMIT}")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise MalformedFile("the header is not UTF-8 JSON without repeated keys") from None
+    if not isinstance(header, dict):
+        raise MalformedFile("the header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise MalformedFile("the header's __metadata__ is not text by text")
+    entries = dict(_entries(header, 8 + length))
+    end = max((e.end for e in entries.values()), default=8 + length)
+    if end != size:
+        raise MalformedFile(f"the file has {size} bytes where its header says {end}")
+    return TensorFile(path, metadata, entries)
+
+
+def _entries(header: dict[str, object], at: int) -> Iterator[tuple[str, Entry]]:
+    base = at
+    if list(header) != sorted(header):
+        raise MalformedFile("tensor names are not in sorted order")
+    for name, about in header.items():
+        if not isinstance(about, dict) or about.keys() != {"dtype", "shape", "data_offsets"}:
+            raise MalformedFile(f"tensor {name!r}: must have dtype, shape and data_offsets")
+        dtype, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in WIDTH:
+            raise MalformedFile(f"tensor {name!r}: dtype must be one of {', '.join(WIDTH)}")
+        if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+            raise MalformedFile(f"tensor {name!r}: shape and data_offsets must be whole numbers, not negative")
+        size = math.prod(shape) * WIDTH[dtype]
+        if offsets[0] != at - base or offsets[1] - offsets[0] != size:
+            raise MalformedFile(f"tensor {name!r}: data_offsets leave a hole, overlap, or do not fit the shape")
+        yield name, Entry(dtype, tuple(shape), at, at + size)
+        at += size
+
+
+def _naturals(values: object) -> bool:
+    return isinstance(values, list) and len(values) <= 16 and all(type(v) is int and 0 <= v < 1 << 48 for v in values)
+
+
+def _no_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("repeated key")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(name)

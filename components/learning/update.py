@@ -1,0 +1,217 @@
+"""The update file: what one silo sends after one round.
+
+One tensor file (see `tensor_file`) that holds the *difference* that local training made to every trainable tensor. Byte by byte:
+
+    8 bytes    length of the header, unsigned little-endian
+    header     JSON; ``__metadata__`` holds one key, ``silotune``, whose value is the canonical JSON text of `Header`:
+                 format       1
+                 federation, agreement, round, silo, plan, base, incoming     what this update answers, all by digest
+                 examples, tokens, steps, cursor, loss, norm                  what training has seen
+                 codec        {"name": "float32" | "bfloat16"}
+                 tensors      name -> SHA-256 of the tensor's bytes as they stand in the file
+                 signature    Ed25519 over the same JSON with ``signature: null``; null in unsigned federations
+    tensors    sorted by name, F32 or BF16 as the codec says, no holes
+
+`open_update` refuses from the header alone whatever does not answer the plan; `Update.tensors` then verifies each tensor's digest and
+finiteness as it is read. A refusal names silo, tensor, rule and cure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from silotune.components.errors import RefusedError
+from silotune.components.federation import Section, canonical_json
+from silotune.components.learning.tensor_file import (
+    WIDTH,
+    MalformedFile,
+    TensorFile,
+    from_bytes,
+    open_tensor_file,
+    to_bytes,
+    write_tensor_file,
+)
+
+KEY = "silotune"
+DTYPE = {"float32": "F32", "bfloat16": "BF16"}
+WEIGHT_LIMIT = 1 << 40  # examples or tokens; more than any silo can have seen in a round
+
+
+class UpdateRefused(RefusedError):
+    """An update that must not be averaged. ``rule`` is short and fit for a report."""
+
+    def __init__(self, silo: str, rule: str, cure: str) -> None:
+        super().__init__(f"silo {silo!r}: update refused: {rule}; {cure}", rule)
+        self.silo = silo
+        self.rule = rule
+
+
+class Codec(Section):
+    """How tensors are written."""
+
+    name: Literal["float32", "bfloat16"]
+
+
+class Header(Section):
+    """Everything about an update but its tensors."""
+
+    format: Literal[1] = 1
+    federation: str
+    agreement: str
+    round: int = Field(ge=1)
+    silo: str
+    plan: str
+    base: str
+    incoming: str
+    examples: int
+    tokens: int
+    steps: int
+    cursor: int
+    loss: float
+    norm: float
+    codec: Codec
+    tensors: dict[str, str]
+    signature: str | None = None
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What an update must be to answer a plan."""
+
+    federation: str
+    agreement: str
+    plan: str
+    base: str
+    accepted: tuple[tuple[int, str], ...]  # (round, incoming global)
+    silo: str
+    cursor: int  # where the silo's data stream stood before
+    codec: str
+    schema: Mapping[str, list[int]]  # tensor name -> shape
+
+    @property
+    def most_bytes(self) -> int:
+        """No honest file is larger: its tensors, and a header of 512 bytes a tensor beyond its name."""
+        width = WIDTH[DTYPE[self.codec]]
+        return sum(math.prod(s) * width + 3 * len(n.encode()) + 512 for n, s in self.schema.items()) + 65536
+
+
+def write_update(path: Path, header: Header, tensors: Mapping[str, np.ndarray]) -> Header:
+    """Write an update; returns its header with norm and digests filled in.
+
+    Args:
+        header: with any ``norm`` and ``tensors``.
+        tensors: float32 differences by name.
+
+    Raises:
+        ValueError: a tensor is not finite, or no longer so in the codec's number format.
+    """
+    dtype = DTYPE[header.codec.name]
+    digests, squares = {}, 0.0
+    for name, array in sorted(tensors.items()):
+        data = to_bytes(array, dtype)
+        if not np.isfinite(from_bytes(data, dtype)).all():
+            raise ValueError(f"tensor {name!r} is not finite in {dtype}")
+        digests[name] = hashlib.sha256(data).hexdigest()
+        squares += float(np.square(array, dtype=np.float64).sum())
+    header = header.model_copy(update={"tensors": digests, "norm": math.sqrt(squares)})
+    encoded = ((name, to_bytes(array, dtype)) for name, array in sorted(tensors.items()))
+    shapes = {name: array.shape for name, array in tensors.items()}
+    write_tensor_file(path, shapes, dtype, encoded, {KEY: canonical_json(header.model_dump()).decode()})
+    return header
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update whose header has been accepted."""
+
+    header: Header
+    file: TensorFile
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One verified tensor as float32.
+
+        Raises:
+            UpdateRefused: its bytes do not have the digest in the header, or it is not finite.
+        """
+        data = self.file.raw(name)
+        if hashlib.sha256(data).hexdigest() != self.header.tensors[name]:
+            raise UpdateRefused(self.header.silo, f"tensor {name!r} does not have the digest in the header", "send the update again")
+        array = self.file.read(name)
+        if not np.isfinite(array).all():
+            raise UpdateRefused(self.header.silo, f"tensor {name!r} is not finite", "lower the learning rate or check the records")
+        return array
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        yield from ((name, self.tensor(name)) for name in self.file.entries)
+
+
+def open_update(path: Path, expected: Expectation) -> Update:
+    """Accept or refuse an update by its header, before any tensor is read.
+
+    Raises:
+        UpdateRefused: with the first rule that is broken.
+    """
+
+    def refuse(rule: str, cure: str) -> UpdateRefused:
+        return UpdateRefused(expected.silo, rule, cure)
+
+    size = path.stat().st_size
+    if size > expected.most_bytes:
+        raise refuse(
+            f"it has {size} bytes, more than the {expected.most_bytes} that its tensors can take", "send the tensors of the plan only"
+        )
+    try:
+        file = open_tensor_file(path)
+        header = Header.model_validate_json(file.metadata.get(KEY, ""))
+    except MalformedFile as error:
+        raise refuse(f"not a tensor file: {error}", "send the update again") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise refuse(
+            f"bad header: {'.'.join(map(str, first['loc']))}: {first['msg']}", "use the version of silotune the plan names"
+        ) from None
+    cures = {"silo": "a silo sends its own update only", "base": "its base model differs from the federation's; install the agreed one"}
+    for field in ("federation", "agreement", "plan", "base", "silo"):
+        got, wanted = getattr(header, field), getattr(expected, field)
+        if got != wanted:
+            raise refuse(f"{field} is {got[:16]!r}, the plan's is {wanted[:16]!r}", cures.get(field, "train again on the open plan"))
+    if (header.round, header.incoming) not in expected.accepted:
+        raise refuse(f"it answers round {header.round} and global {header.incoming[:12]}", "train again on the open plan")
+    if header.codec.name != expected.codec:
+        raise refuse(f"codec is {header.codec.name!r}, the agreement's is {expected.codec!r}", "use the agreed codec")
+    for field in ("examples", "tokens", "steps"):
+        if not 0 < getattr(header, field) <= WEIGHT_LIMIT:
+            raise refuse(f"{field} is {getattr(header, field)}, must be from 1 to {WEIGHT_LIMIT}", "train on at least one example")
+    if header.cursor <= expected.cursor:
+        raise refuse(f"its data cursor {header.cursor} is not past {expected.cursor}", "train on the next stretch of the data")
+    if not (math.isfinite(header.loss) and math.isfinite(header.norm) and header.norm >= 0):
+        raise refuse("loss or norm is not finite", "lower the learning rate or check the records")
+    _check_tensors(file, header, expected, refuse)
+    return Update(header, file)
+
+
+def _check_tensors(file: TensorFile, header: Header, expected: Expectation, refuse: type[UpdateRefused] | object) -> None:
+    assert callable(refuse)
+    matching = len(file.entries.keys() & expected.schema.keys())
+    cure = "its base model or LoRA targets differ from the federation's; compare the two"
+    if missing := sorted(expected.schema.keys() - file.entries.keys()):
+        raise refuse(f"it has no tensor {missing[0]!r} ({matching} of {len(expected.schema)} names match)", cure)
+    if unknown := sorted(file.entries.keys() - expected.schema.keys()):
+        raise refuse(f"it has an unknown tensor {unknown[0]!r} ({matching} of {len(expected.schema)} names match)", cure)
+    for name, entry in file.entries.items():
+        if list(entry.shape) != expected.schema[name]:
+            raise refuse(f"tensor {name!r} has shape {list(entry.shape)}, must have {expected.schema[name]}", cure)
+        if entry.dtype != DTYPE[expected.codec]:
+            raise refuse(
+                f"tensor {name!r} is {entry.dtype}, codec {expected.codec!r} writes {DTYPE[expected.codec]}", "use the agreed codec"
+            )
+    if header.tensors.keys() != file.entries.keys():
+        raise refuse("the header's digests are not of these tensors", "send the update again")

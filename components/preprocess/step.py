@@ -1,0 +1,118 @@
+"""preprocess: in a silo, records become token shards in the silo's own storage. Nothing leaves but ok and the base model's digests.
+
+python -m silotune.components.preprocess.step FEDERATION SILO
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from silotune.components import base_model, silo_job
+from silotune.components.errors import FederationError
+from silotune.components.federation import Federation, Silo, canonical_json, is_remote
+from silotune.components.learning.batches import stream
+from silotune.components.learning.records import read_records
+from silotune.components.object_store import open_store
+from silotune.components.rounds import file_digest
+from silotune.components.silo_job import silo_home
+
+
+def run(federation: str, silo: str) -> str:
+    """As a pipeline task: supervised."""
+    return silo_job.supervise("preprocess", federation, silo)
+
+
+def work(federation_file: str, silo_id: str) -> str:
+    """Make the shards that are not there yet; returns the status with the digests of base and tokenizer."""
+    federation = Federation.load(federation_file)
+    silo = federation.silo(silo_id)
+    home = silo_home(federation, silo)
+    base = base_model.resolve(federation.model.base, home / "base")
+    index = {}
+    for split, source, part in _sources(silo):
+        try:
+            path = _local(source, home / "incoming")
+            key = _key(federation, base.tokenizer, path, part)
+            folder = home / "shards" / split / key[:32]
+            if not (folder / "shard.json").exists():
+                _make(federation, silo_id, base.folder, path, part, split, folder)
+        except FederationError as error:
+            raise FederationError(f"silo {silo_id!r}: {split}: {error}") from None
+        index[split] = str(folder.relative_to(home))
+        for old in folder.parent.iterdir():
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+    scratch = home / ".data.json"
+    scratch.write_text(json.dumps(index))
+    scratch.replace(home / "data.json")
+    return silo_job.status_text(silo_id, "ok", f"base:{base.digest} tokenizer:{base.tokenizer}")
+
+
+def _sources(silo: Silo) -> list[tuple[str, str, str]]:
+    """(split, location, part of it): a silo without a valid file sets a part of train aside."""
+    if silo.valid:
+        sources = [("train", silo.train, "all"), ("valid", silo.valid, "all")]
+    else:
+        sources = [("train", silo.train, "rest"), ("valid", silo.train, "aside")]
+    return [*sources, ("test", silo.test, "all")] if silo.test else sources
+
+
+def _local(location: str, folder: Path) -> Path:
+    """A file or folder on this machine; what lies in S3 is copied into the silo's own storage."""
+    if not is_remote(location):
+        return Path(location)
+    bucket, _, key = location.removeprefix("s3://").partition("/")
+    store = open_store(f"s3://{bucket}")
+    target = folder / hashlib.sha256(location.encode()).hexdigest()[:16] / key.rsplit("/", 1)[-1]
+    if store.size(key) is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        store.fetch_file(key, target)
+        return target
+    keys = list(store.list(f"{key}/"))
+    if not keys:
+        raise FederationError(f"{location}: no such object; correct the location")
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for found in keys:
+        store.fetch_file(found, target / found.removeprefix(f"{key}/").replace("/", "_"))
+    return target
+
+
+def _key(federation: Federation, tokenizer: str, path: Path, part: str) -> str:
+    """Names a shard by all that it depends on."""
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    try:
+        contents = {f.name: file_digest(f) for f in files}
+    except FileNotFoundError:
+        raise FederationError(f"{path}: no such file; correct the path in the federation file") from None
+    except OSError as error:
+        raise FederationError(f"{path}: cannot be read: {error.strerror}") from None
+    terms = [federation.data.model_dump(), federation.name, federation.training.seed, part, tokenizer]
+    return hashlib.sha256(canonical_json([terms, contents])).hexdigest()
+
+
+def _make(federation: Federation, silo: str, base: Path, path: Path, part: str, split: str, folder: Path) -> None:
+    from silotune.components.learning.model import load_tokenizer
+    from silotune.components.learning.tokens import Tokeniser, write_shard
+
+    data = federation.data
+    records: Any = read_records(path, data.format, data.fields)
+    if part != "all":
+        count = sum(1 for _ in read_records(path, data.format, data.fields))
+        aside = max(1, round(count * data.valid_fraction)) if count > 1 else 0
+        chosen = set(stream(count, 0, aside, federation.name, federation.training.seed, silo, "aside").tolist()) if count else set()
+        if count and not aside:
+            raise FederationError(f"{path.name}: one record cannot be split; give the silo a valid file or more records")
+        records = (r for i, r in enumerate(islice(records, count)) if (i in chosen) == (part == "aside"))
+    tokeniser = Tokeniser(load_tokenizer(base), data.template, data.max_length, data.long_examples)
+    write_shard(folder, records, tokeniser, path.name)
+
+
+if __name__ == "__main__":
+    print(work(*sys.argv[1:]))
