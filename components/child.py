@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import importlib
 import json
 import os
@@ -18,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
 from silotune.components.errors import FederationError, QuorumError, RefusedError, SilotuneError, UnreachableError
+from silotune.components.progress import RUN_VARIABLE, tell
 
 WARM_VARIABLE = "SILOTUNE_WARM"
 ERRORS = {e.exit_code: e for e in (SilotuneError, FederationError, QuorumError, RefusedError, UnreachableError)}
@@ -30,6 +33,20 @@ ERRORS = {e.exit_code: e for e in (SilotuneError, FederationError, QuorumError, 
 
 class ChildDied(SilotuneError):
     """The child ended without a result: it was killed, or the machine ran out of memory."""
+
+
+def coordinate(box: str, *arguments: str) -> str:
+    """Run a coordinator's step in a child, and tell of its start and end; its errors break the pipeline."""
+    die_with_run()
+    tell(box, "started")
+    began = time.monotonic()
+    try:
+        output = call(box, *arguments)
+    except SilotuneError as error:
+        tell(box, "broke", exit_code=error.exit_code, detail=str(error))
+        raise SystemExit(error.exit_code) from None
+    tell(box, "ended", output=output, seconds=round(time.monotonic() - began, 2))
+    return output
 
 
 def call(box: str, *arguments: str, log: Path | None = None) -> str:
@@ -124,6 +141,19 @@ def die_with(fd: int) -> None:
         with contextlib.suppress(OSError):
             while os.read(fd, 1):
                 pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def die_with_run() -> None:
+    """End this process when the local run it belongs to ends: it holds a lock on its run folder for as long as it lives."""
+    if not (folder := os.environ.get(RUN_VARIABLE)):
+        return
+
+    def watch() -> None:
+        with open(Path(folder) / "alive.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -60,7 +60,7 @@ MEANING: list[tuple[str, type[SilotuneError], str]] = [
 ]  # fmt: skip
 
 
-class ObjectMissing(SilotuneError):  # noqa: N818  (a state of the store, often expected)
+class ObjectMissing(SilotuneError):
     """The store holds no object of this key."""
 
     def __init__(self, key: str) -> None:

@@ -51,6 +51,7 @@ def supervise(box: str, federation_file: str, silo_id: str, *arguments: str, tur
         box: ``preprocess``, ``train`` or ``evaluate``.
         turn: the attempt to report a failure to, where a round is open.
     """
+    child.die_with_run()
     federation = Federation.load(federation_file)
     home = silo_home(federation, federation.silo(silo_id))
     tell(box, "started", silo_id, round=turn.round if turn else 0)

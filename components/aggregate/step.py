@@ -26,7 +26,7 @@ def run(federation: str, turn: str, statuses: list[str]) -> str:
     """As a pipeline task; nothing at all where no round is open."""
     if Turn.parse(turn).done:
         return turn
-    return child.call("aggregate", federation, turn, *statuses)
+    return child.coordinate("aggregate", federation, turn, *statuses)
 
 
 def work(federation_file: str, turn_text: str, *statuses: str) -> str:

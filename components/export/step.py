@@ -20,7 +20,7 @@ from silotune.components.silo_job import parse_status
 
 def run(federation: str, turn: str, statuses: list[str]) -> str:
     """As a pipeline task."""
-    return child.call("export", federation, turn, *statuses)
+    return child.coordinate("export", federation, turn, *statuses)
 
 
 def work(federation_file: str, turn_text: str, *statuses: str) -> str:

@@ -19,7 +19,7 @@ from silotune.components.silo_job import parse_status
 
 def run(federation: str, statuses: list[str]) -> str:
     """As a pipeline task."""
-    return child.call("initialize", federation, *statuses)
+    return child.coordinate("initialize", federation, *statuses)
 
 
 def work(federation_file: str, *statuses: str) -> str:

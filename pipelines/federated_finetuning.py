@@ -1,0 +1,65 @@
+"""The DAG: preprocess in every silo, initialize, then rounds of {train in every silo, aggregate}, evaluate in every silo, export.
+
+Everything is unrolled when it is compiled, over silos and over the rounds of one run. Tasks hand each other short texts only: statuses of
+silos, and the *turn*, which says which round is open. A round whose work is done already, by an earlier run or because the federation has
+converged, passes quickly. Caching is off throughout: whether a step has anything to do is for the store to say.
+"""
+
+# No postponed annotations here: kfp reads a pipeline's types at run time.
+from collections.abc import Callable
+from typing import Any
+
+from kfp import dsl
+
+from silotune.components.aggregate.component import aggregate
+from silotune.components.errors import FederationError
+from silotune.components.evaluate.component import evaluate
+from silotune.components.export.component import export
+from silotune.components.federation import Federation
+from silotune.components.initialize.component import initialize
+from silotune.components.preprocess.component import preprocess
+from silotune.components.train.component import train
+
+MOST_TRAININGS = 200  # silos x rounds that fit into one workflow object (Argo: 1.5 MB)
+
+
+def federated_finetuning(federation: Federation, rounds: int) -> Any:
+    """The pipeline of a federation, ready for `kfp.compiler` or `kfp.local`.
+
+    Args:
+        federation: names the silos.
+        rounds: how many rounds one run works on.
+
+    Raises:
+        FederationError: more silo-trainings than one run can hold.
+    """
+    silos = federation.silo_ids
+    if len(silos) * rounds > MOST_TRAININGS:
+        raise FederationError(
+            f"rounds.per_run: {len(silos)} silos × {rounds} rounds are {len(silos) * rounds} trainings, one run holds {MOST_TRAININGS}; "
+            f"set per_run to at most {max(1, MOST_TRAININGS // len(silos))} and run again for the rest"
+        )
+
+    @dsl.pipeline(name="federated-round", description="Train in every silo, then aggregate.")
+    def federated_round(federation: str, turn: str) -> str:
+        trained = [_task(train, f"train {s}", federation=federation, silo=s, turn=turn) for s in silos]
+        return _task(aggregate, "aggregate", federation=federation, turn=turn, statuses=_outputs(trained)).output
+
+    @dsl.pipeline(name=f"silotune-{federation.name}", description=f"Federated fine-tuning of {federation.name}.")
+    def pipeline(federation: str) -> str:
+        preprocessed = [_task(preprocess, f"preprocess {s}", federation=federation, silo=s) for s in silos]
+        turn = _task(initialize, "initialize", federation=federation, statuses=_outputs(preprocessed)).output
+        for i in range(rounds):
+            turn = federated_round(federation=federation, turn=turn).set_display_name(f"round slot {i + 1}").output
+        evaluated = [_task(evaluate, f"evaluate {s}", federation=federation, silo=s, turn=turn) for s in silos]
+        return _task(export, "export", federation=federation, turn=turn, statuses=_outputs(evaluated)).output
+
+    return pipeline
+
+
+def _task(component: Callable[..., Any], name: str, **arguments: Any) -> Any:
+    return component(**arguments).set_caching_options(False).set_display_name(name)
+
+
+def _outputs(tasks: list[Any]) -> list[Any]:
+    return [task.output for task in tasks]
