@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,7 +46,7 @@ class Lora(Section):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): the update of a weight is (alpha / r) · B·A."""
 
     r: Positive = Field(8, description="Rank of the adapters.")
-    alpha: float = Field(16.0, gt=0, description="Scaling: an adapter counts alpha / r times.")
+    alpha: float = Field(16.0, gt=0, allow_inf_nan=False, description="Scaling: an adapter counts alpha / r times.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter, in training only.")
     target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear", description="Names of the layers that get adapters, or `all-linear` for every linear layer but the output."
@@ -99,14 +99,14 @@ class Training(Section):
     steps: Positive = Field(50, description="Optimiser steps per silo and round.")
     batch_size: Positive = Field(8, description="Examples per optimiser step.")
     accumulation: Positive = Field(1, description="Parts a step is split into to save memory; the gradient is the same.")
-    learning_rate: float = Field(1e-3, gt=0, description="Peak rate of AdamW.")
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="Peak rate of AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Course of the rate within a round, after warm-up.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps at the start of every round in which the rate climbs.")
     round_schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Course of the peak rate over `rounds.total` rounds; the plan of a round records its rate."
     )
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
-    max_grad_norm: float = Field(1.0, gt=0, description="L2 norm that a step's gradient is clipped to.")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="L2 norm that a step's gradient is clipped to.")
     packing: bool = Field(
         True, description="Lay short examples of a batch side by side in one row, unable to see each other; saves padding."
     )
@@ -142,7 +142,7 @@ class Until(Section):
 
     metric: Literal["loss", "perplexity", "token_accuracy"] = Field("loss", description="Pooled over silos, by tokens.")
     patience: Positive = Field(3, description="Rounds without improvement before stopping.")
-    min_delta: float = Field(0.0, ge=0, description="Change that counts as improvement.")
+    min_delta: float = Field(0.0, ge=0, allow_inf_nan=False, description="Change that counts as improvement.")
 
 
 class Rounds(Section):
@@ -192,7 +192,7 @@ class Storage(Section):
 class Tracking(Section):
     """MLflow."""
 
-    uri: str = Field("sqlite:///./.silotune/mlflow.db", description="Tracking server or SQLite file; relative ones from the file's folder.")
+    uri: str = Field("sqlite:///./.silotune/mlflow.db", description="Tracking server, SQLite file, or `none`.")
     experiment: str | None = Field(None, description="Experiment name; default: the federation's name.")
 
 
@@ -345,7 +345,11 @@ class _Yaml(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # <<: *anchor; what it brings may be repeated, that is its purpose
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word, not a list or mapping", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice; keep one", key_node.start_mark)
             seen.add(key)
@@ -383,6 +387,9 @@ def _resolve(raw: dict[str, Any], folder: Path, problems: list[str]) -> None:
         if not isinstance(value, str):
             return
         value = _substitute(value, where, problems)
+        if not value.strip():
+            problems.append(f"{where}: must not be empty, got {holder[key]!r}; give a path, or leave the key out")
+            return
         if re.search(r"://[^/@\s]+:[^/@\s]+@", value):
             problems.append(f"{where}: must not hold a user and password; give them in the environment and remove them here")
             value = re.sub(r"://[^/@\s]+@", "://", value)
@@ -414,7 +421,7 @@ def _silos(raw: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
 def _substitute(value: str, where: str, problems: list[str]) -> str:
     def variable(match: re.Match[str]) -> str:
         name, default = match[1], match[2]
-        got = os.environ.get(name, default)
+        got = os.environ.get(name) or default if default is not None else os.environ.get(name)  # as in a shell: empty counts as unset
         if got is None:
             problems.append(f"{where}: the environment variable {name} is not set, got {value!r}; export {name}=…")
             return match[0]
@@ -429,7 +436,7 @@ def _locate(value: str, folder: Path, kind: str) -> str:
     if kind == "uri":
         if value.startswith("sqlite:///"):
             return f"sqlite:///{_absolute(value.removeprefix('sqlite:///'), folder)}"
-        return value if "://" in value else _absolute(value, folder)
+        return value if "://" in value or value == "none" else _absolute(value, folder)
     if kind == "base" and not value.startswith((".", "/", "~")) and not (folder / value).exists():
         return value  # a Hugging Face id
     return _absolute(value, folder)
@@ -482,17 +489,17 @@ def _contradictions(raw: dict[str, Any]) -> list[str]:
     """Rules that hold between parts, checked on raw values so that they are told together with all others."""
     problems = []
     first: dict[Any, int] = {}
-    homes: dict[Any, int] = {}
+    homes: dict[str, int] = {}
     for i, silo in _silos(raw):
         if (name := silo.get("id")) is not None and isinstance(name, str):
             if name in first:
                 problems.append(f"silos[{i}].id: must be unique, got {name!r} as in silos[{first[name]}]; rename one")
-            elif (home := silo.get("storage")) in homes:
+            elif isinstance(home := silo.get("storage"), str) and home in homes:
                 problems.append(
                     f"silos[{i}].storage: must be the silo's own, got {home!r} as in silos[{homes[home]}]; give each silo its own"
                 )
             first.setdefault(name, i)
-        homes.setdefault(silo.get("storage"), i)
+        homes.setdefault(str(silo.get("storage")), i)
     rounds = raw.get("rounds")
     quorum = rounds.get("quorum") if isinstance(rounds, dict) else None
     silos = raw.get("silos")

@@ -26,7 +26,7 @@ Point = tuple[str, int]  # (metric name, step)
 
 
 def sync(federation: Federation, rounds: Rounds, *, complete: bool = False) -> str:
-    """Bring MLflow up to date; returns the run's id.
+    """Bring MLflow up to date; returns the run's id, or "" where ``tracking.uri`` is ``none``.
 
     Args:
         complete: evaluations of the last round are all in, so that its metrics can be pooled now rather than after the next round.
@@ -34,6 +34,8 @@ def sync(federation: Federation, rounds: Rounds, *, complete: bool = False) -> s
     Raises:
         UnreachableError: the tracking server cannot be reached, or refuses.
     """
+    if federation.tracking.uri == "none":
+        return ""
     with _speaking(federation) as client:
         run = _run(client, federation, rounds)
         _log_missing(client, run, dict(metrics(rounds, complete=complete)))
@@ -42,9 +44,11 @@ def sync(federation: Federation, rounds: Rounds, *, complete: bool = False) -> s
 
 def record_export(federation: Federation, rounds: Rounds, exported: Exported, *, finished: bool) -> None:
     """Sync, link the exported model to its run, and register it as a version that names its round, commit and silos."""
+    run = sync(federation, rounds, complete=True)
+    if not run:
+        return
     from mlflow.exceptions import MlflowException
 
-    run = sync(federation, rounds, complete=True)
     commit = rounds.commit(exported.round)
     tags = {
         "round": str(exported.round),

@@ -45,11 +45,12 @@ def work(federation_file: str, silo_id: str, turn: str) -> str:
     base = base_model.resolve(federation.model.base, home / "base")
     check_terms(federation, agreement, base, silo_id)
     pad = models.pad_id(models.load_tokenizer(base.folder))
-    model = models.load_trainable(base.folder, agreement.model, seed=0)  # every new weight is overwritten just below
-    for outgoing in dict.fromkeys(g for _, g in wanted):
-        models.load_state(model, open_tensor_file(rounds.fetch_object(outgoing, home / "incoming.safetensors")).read_all())
-        for split in (s for s, g in wanted if g == outgoing):
-            evaluate_split(rounds, agreement, model, outgoing, shards[split], silo_id, split, pad)
+    with models.kept():
+        for outgoing in dict.fromkeys(g for _, g in wanted):
+            state = open_tensor_file(rounds.fetch_object(outgoing, home / "incoming.safetensors")).read_all()
+            model = models.load_with_state(base.folder, agreement.model, state)
+            for split in (s for s, g in wanted if g == outgoing):
+                evaluate_split(rounds, agreement, model, outgoing, shards[split], silo_id, split, pad)
     return status_text(silo_id, "ok")
 
 

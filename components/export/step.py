@@ -95,10 +95,7 @@ def trained_model(agreement: Agreement, base: base_model.Base, state_file: Path)
     from silotune.components.learning import model as models
     from silotune.components.learning.tensor_file import open_tensor_file
 
-    model = models.load_trainable(base.folder, agreement.model, seed=0)
-    models.load_state(model, open_tensor_file(state_file).read_all())
-    model.eval()
-    return model
+    return models.load_with_state(base.folder, agreement.model, open_tensor_file(state_file).read_all()).eval()
 
 
 def card(federation: Federation, rounds: Rounds, commit: Commit, base: base_model.Base) -> str:

@@ -6,6 +6,10 @@ model's parameters, so that a global model is a loadable adapter and needs no tr
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+_kept: ContextVar[dict[str, Any] | None] = ContextVar("kept", default=None)
+
 Schema = dict[str, list[int]]  # tensor name -> shape; every trainable tensor is float32
 
 
@@ -22,6 +28,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a base folder. Raises FederationError where there is none, or it cannot tell where its tokens stand in the text."""
     from transformers import AutoTokenizer
 
+    _quiet()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -46,26 +53,65 @@ def load_base(folder: Path, dtype: str) -> Any:
     """The causal language model of a folder, from safetensors only.
 
     Raises:
-        FederationError: no such model, weights not in safetensors, or an architecture that needs code from the folder.
+        FederationError: no such model, weights not in safetensors or not all there, or an architecture that needs code from the folder.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, attn_implementation="sdpa"
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused just below, by name
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FederationError(
             f"model.base {str(folder)!r}: not a causal language model in safetensors that transformers can load: {reason}"
         ) from None
+    # transformers would fill these with random numbers, other ones in every silo.
+    absent = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
+    if absent:
+        raise FederationError(
+            f"model.base {str(folder)!r}: its weights lack {len(absent)} tensors that config.json asks for, or have other shapes, "
+            f"such as {absent[0]!r}; save the whole model with save_pretrained"
+        )
+    return model
 
 
 def load_trainable(folder: Path, model_terms: dict[str, Any], seed: int) -> Any:
     """`load_base` and `make_trainable` by an agreement's terms; what is trained is held in float32."""
     dtype = "float32" if model_terms["method"] == "full" else model_terms["dtype"]
     return make_trainable(load_base(folder, dtype), model_terms, seed)
+
+
+def load_with_state(folder: Path, model_terms: dict[str, Any], state: dict[str, np.ndarray]) -> Any:
+    """A trainable model whose trained tensors are ``state``; within `kept`, the one of the last call with new tensors put in."""
+    cache = _kept.get()
+    key = f"{folder}|{model_terms}"
+    model = cache.get(key) if cache is not None else None
+    if model is None:
+        model = load_trainable(folder, model_terms, seed=0)  # every new weight is overwritten just below
+    if cache is not None:
+        cache.clear()
+        cache[key] = model
+    load_state(model, state)
+    return model
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Keep the model that `load_with_state` returns for its next call, where one process does the work of many silos."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def make_trainable(base: Any, model_terms: dict[str, Any], seed: int) -> Any:
@@ -82,7 +128,9 @@ def make_trainable(base: Any, model_terms: dict[str, Any], seed: int) -> Any:
         return base
     from peft import get_peft_model
 
-    return get_peft_model(base, lora_config(base, model_terms["lora"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's own use of transformers
+        return get_peft_model(base, lora_config(base, model_terms["lora"]))
 
 
 def lora_config(base: Any, lora: dict[str, Any]) -> Any:
@@ -131,11 +179,19 @@ def load_state(model: Any, state: dict[str, np.ndarray]) -> None:
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise ValueError(f"tensor {name!r}: the model's shape is {tuple(tensor.shape)}, the state's {state[name].shape}")
-            tensor.copy_(torch.from_numpy(state[name]))
+            tensor.copy_(torch.tensor(state[name]))
 
 
 def schema_of(state: dict[str, np.ndarray]) -> Schema:
     return {name: list(array.shape) for name, array in sorted(state.items())}
+
+
+def _quiet() -> None:
+    """No progress bars and no advice in the logs of a batch job: whatever matters is checked here and raised."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _trainable(model: Any) -> dict[str, torch.Tensor]:

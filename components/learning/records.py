@@ -70,8 +70,20 @@ def _pick(place: str, row: dict[str, Any], kind: str, fields: dict[str, str]) ->
                 raise FederationError(f"{place}: field {column!r} must be a list of objects with text in 'role' and 'content'")
         elif not isinstance(value, str):
             raise FederationError(f"{place}: field {column!r} must be text, got {type(value).__name__}")
+        if not _is_unicode(value):
+            raise FederationError(f"{place}: field {column!r} holds half a character (a lone surrogate such as \\ud800); correct the text")
         picked[field] = value
     return picked
+
+
+def _is_unicode(value: str | list[dict[str, str]]) -> bool:
+    """Whether it can be written as UTF-8; JSON escapes can spell what cannot."""
+    try:
+        for text in [value] if isinstance(value, str) else [m["content"] for m in value]:
+            text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_message(value: Any) -> bool:
@@ -121,7 +133,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_txt(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    text = file.read_text(encoding="utf-8").strip()
+    text = file.read_text(encoding="utf-8-sig").strip()
     if text:
         yield file.name, {"text": text}
 

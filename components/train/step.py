@@ -63,9 +63,8 @@ def _train(federation: Federation, rounds: Rounds, plan: Plan, agreement: Agreem
     max_length = agreement.data["max_length"]
     tokenizer = models.load_tokenizer(base.folder)
     pad = models.pad_id(tokenizer)
-    model = models.load_trainable(base.folder, agreement.model, seed=0)  # every new weight is overwritten just below
     before = open_tensor_file(rounds.fetch_object(plan.incoming, home / "incoming.safetensors")).read_all()
-    models.load_state(model, before)
+    model = models.load_with_state(base.folder, agreement.model, before)
 
     evaluate_split(rounds, agreement, model, plan.incoming, open_split(home, "valid"), silo_id, "valid", pad)
     shard = open_split(home, "train")

@@ -1,0 +1,54 @@
+# Everything runs in .venv; PIP_FIND_LINKS, where set, names a folder of wheels that uv looks into first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+export TOKENIZERS_PARALLELISM := false
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
+
+setup: $(VENV)/ready  ## make .venv with the silotune command in it
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "silotune needs Python 3.11 or newer; run make PYTHON=python3.11 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet 'uv>=0.5'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+run: setup  ## three synthetic hospitals, offline: base model, federation, comparison
+	$(BIN)/python examples/hospitals/run.py
+
+test: setup  ## the fast test tier
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: setup  ## crash tests on every box, whole runs on real text
+	$(BIN)/python -m pytest -m slow
+
+lint: setup .types/silotune/components  ## ruff, mypy, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=.types $(BIN)/mypy
+	$(BIN)/lint-imports
+
+.types/silotune/components:
+	mkdir -p .types/silotune
+	ln -sfn ../../components .types/silotune/components
+	ln -sfn ../../pipelines .types/silotune/pipelines
+
+bench: setup  ## overhead and quality benchmarks (an hour; see docs/benchmarks.md)
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/quality.py
+
+docs: setup  ## regenerate docs/federation.md from the models
+	$(BIN)/python docs/reference.py
+
+golden: setup  ## rewrite the compiled pipelines that tests compare with
+	$(BIN)/python -m pytest tests/pipelines/test_federated_finetuning.py --rewrite-golden
+
+clean:  ## remove what the targets made, but no results
+	rm -rf $(VENV) .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+.PHONY: help setup run test test-slow lint bench docs golden clean
+.DEFAULT_GOAL := help
