@@ -32,7 +32,7 @@ from silotune.components.errors import FederationError, SilotuneError, Unreachab
 PART = 16 * 2**20  # bytes that travel in one request
 CHUNK = 2**20  # bytes copied at a time between files
 STALE = 24 * 3600.0  # seconds after which a temporary file belongs to nobody any more
-TEMPORARY = ".tmp"  # folder of a directory store's root that `list` never shows
+TEMPORARY = ".tmp"  # folder in a directory store's root; no key begins with it, so `list` never shows it
 PROBE = ".silotune-probe"
 
 # What a store of either kind can hold: S3 allows 1024 bytes with the prefix, file systems 255 in one name.
@@ -191,9 +191,7 @@ class DirectoryStore:
         _checked(prefix + "x")  # a prefix is the beginning of some key
         keys = []
         with _file_errors(str(self)):
-            for folder, folders, names in os.walk(self._root / prefix.rpartition("/")[0], onerror=_unless_missing):
-                if folder == str(self._root):
-                    folders[:] = [name for name in folders if name != TEMPORARY]
+            for folder, _, names in os.walk(self._root / prefix.rpartition("/")[0], onerror=_unless_missing):
                 within = os.path.relpath(folder, self._root)
                 keys += names if within == "." else [f"{within}/{name}" for name in names]
         return iter(sorted(key for key in keys if key.startswith(prefix) and KEY.match(key)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from importlib.metadata import version
 
-from silotune.components.errors import FederationError, QuorumError
+from silotune.components.errors import FederationError, QuorumError, SilotuneError, UnreachableError
 from silotune.components.federation import Agreement, Federation, Until
 from silotune.components.rounds import Commit, Participant, Plan, Rounds, Turn, pooled
 
@@ -15,6 +15,7 @@ def require_quorum(federation: Federation, what: str, present: list[str], missin
 
     Raises:
         FederationError: if only data and settings are at fault, which trying again does not change.
+        UnreachableError: if the store is at fault for every missing silo.
         QuorumError: otherwise.
     """
     if len(present) >= federation.quorum:
@@ -22,8 +23,9 @@ def require_quorum(federation: Federation, what: str, present: list[str], missin
     lines = [f"{what}, {federation.quorum} of {len(federation.silos)} silos must deliver, {len(present)} did:"]
     lines += [f"  {silo:<20} {why}" for silo, why in sorted(missing.items())]
     lines.append("run again to ask the missing silos only; what the others delivered is kept")
-    hopeless = missing and all("data or settings" in why for why in missing.values())
-    raise (FederationError if hopeless else QuorumError)("\n".join(lines))
+    kinds: list[tuple[str, type[SilotuneError]]] = [("data or settings", FederationError), ("store unreachable", UnreachableError)]
+    kind = next((k for words, k in kinds if missing and all(words in why for why in missing.values())), QuorumError)
+    raise kind("\n".join(lines))
 
 
 def open_next(federation: Federation, rounds: Rounds, latest: Commit, agreement: Agreement, missing: dict[str, str]) -> Turn:

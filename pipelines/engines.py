@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from silotune.components.child import WARM_VARIABLE, die_with
+from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.federation import Federation
 from silotune.components.progress import RUN_VARIABLE
 
@@ -61,9 +62,19 @@ class LocalRun:
 
 
 def start(federation: Federation, rounds: int, *, warm: bool = True) -> LocalRun:
-    """Launch a run of ``rounds`` rounds. ``warm`` starts a warm parent, which saves every step its imports."""
+    """Launch a run of ``rounds`` rounds. ``warm`` starts a warm parent, which saves every step its imports.
+
+    Raises:
+        RefusedError: a run of this file is going on; two would write the same silo folders.
+    """
     runs = federation.work / "runs"
     runs.mkdir(parents=True, exist_ok=True)
+    going = (federation.work / "run.lock").open("w")
+    try:
+        fcntl.flock(going, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        going.close()
+        raise RefusedError(f"{federation.file.name}: a run of it is going on; wait for its end, or stop it") from None
     for old in sorted(p for p in runs.iterdir() if p.is_dir())[:-KEEP]:
         _remove(old)
     folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=runs))
@@ -71,8 +82,9 @@ def start(federation: Federation, rounds: int, *, warm: bool = True) -> LocalRun
     with (folder / "run.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "silotune.pipelines.engines", *arguments],
-            stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[going.fileno()],
         )  # fmt: skip
+    going.close()  # from here on the run itself holds the lock, for as long as it lives
     return LocalRun(folder, process)
 
 
@@ -94,7 +106,10 @@ def execute(file: str, rounds: int, folder: Path, warm: bool) -> dict[str, Any]:
 
         from silotune.pipelines.federated_finetuning import federated_finetuning
 
-        pipeline = federated_finetuning(Federation.load(file), rounds)
+        try:
+            pipeline = federated_finetuning(Federation.load(file), rounds)
+        except SilotuneError as error:
+            return {"exit_code": error.exit_code, "message": str(error), "output": ""}
         local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "kfp"), raise_on_error=True)
         try:
             return {"exit_code": 0, "message": "", "output": pipeline(federation=file).output}

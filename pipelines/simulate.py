@@ -25,7 +25,7 @@ import yaml
 
 from silotune.components import base_model, opening
 from silotune.components.aggregate import step as aggregate
-from silotune.components.errors import QuorumError, RefusedError, SilotuneError
+from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.evaluate import step as evaluate
 from silotune.components.export import step as export
 from silotune.components.federation import Federation
@@ -59,7 +59,7 @@ class Simulation:
 
     file: Path | str
     statuses: list[str] = field(default_factory=list, init=False)
-    details: dict[str, str] = field(default_factory=dict, init=False)  # silo -> full message of its last failure
+    details: dict[str, str] = field(default_factory=dict, init=False)  # silo -> full message of its first failure in this run
 
     def __post_init__(self) -> None:
         self.file = str(Path(self.file).absolute())
@@ -150,6 +150,7 @@ class Simulation:
     # How
 
     def _begin(self) -> Turn:
+        self.details.clear()
         self.statuses = [self._attempt(preprocess, silo) for silo in self.federation.silo_ids]
         return Turn.parse(self._coordinate(initialize, *self.statuses))
 
@@ -158,15 +159,16 @@ class Simulation:
         try:
             return str(step.work(self.file, silo, *arguments))
         except SilotuneError as error:
-            self.details[silo] = str(error)
+            self.details.setdefault(silo, str(error))  # the first cause; what follows from it is no news
             return status_text(silo, "refused" if isinstance(error, RefusedError) else "failed", error.reason)
 
     def _coordinate(self, step: Any, *arguments: str) -> str:
         try:
             return str(step.work(self.file, *arguments))
-        except QuorumError as error:
-            told = "\n".join(f"  {silo}: {detail}" for silo, detail in self.details.items())
-            raise QuorumError(f"{error}\n{told}" if told else str(error)) from None
+        except SilotuneError as error:
+            if self.details:
+                error.args = ("\n".join([str(error), *(f"  {silo}: {detail}" for silo, detail in self.details.items())]),)
+            raise
 
     def _result(self, number: int) -> RoundResult:
         commit = self.rounds.commit(number)

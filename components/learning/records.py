@@ -114,7 +114,7 @@ def _read_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for row in rows:
                 yield f"{file.name}, line {rows.line_num}", {k: v for k, v in row.items() if k is not None}
         except csv.Error as error:
-            raise FederationError(f"{file.name}, line {rows.line_num}: not valid CSV: {error}") from None
+            raise FederationError(f"{file.name}, line {rows.reader.line_num}: not valid CSV: {error}") from None
 
 
 def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,0 +1,147 @@
+"""What `silotune check` tells of a federation file: its terms in a table, what an edit would mean, whether its records can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from silotune.components import base_model
+from silotune.components.errors import FederationError
+from silotune.components.federation import Agreement, Federation, Silo, is_remote
+from silotune.components.rounds import Commit, Rounds
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def local_base(federation: Federation) -> base_model.Base | None:
+    """The base model with its digests where it is a folder on this machine, else None: nothing is fetched for a check.
+
+    Raises:
+        FederationError: it is no model folder, or has no tokenizer.
+    """
+    location = federation.model.base
+    return base_model.resolve(location, federation.work / "base") if location.startswith("/") else None
+
+
+def terms_table(federation: Federation, base: base_model.Base | None) -> RenderableType:
+    """Who, on what, under which terms."""
+    from rich.table import Table
+    from rich.text import Text
+
+    f, t = federation, federation.training
+    lora = f.model.lora
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    shape = f"lora, r {lora.r}, alpha {lora.alpha:g}, on {targets}" if f.model.method == "lora" else "full: every weight"
+    until = f"; until {f.rounds.until.metric} is stale for {f.rounds.until.patience}" if f.rounds.until else ""
+    rows = {
+        "model": f"{f.model.base}\n{shape}",
+        "base": f"sha256 {base.digest[:12]}, tokenizer {base.tokenizer[:12]}" if base else "digests are taken when it is fetched",
+        "silos": "\n".join(_silo(silo) for silo in f.silos),
+        "data": f"{f.data.format}, at most {f.data.max_length} tokens",
+        "rounds": f"{f.rounds.total}, {f.rounds.per_run or 'all'} per run, quorum {f.quorum} of {len(f.silos)}{until}",
+        "training": f"{t.steps} steps of {t.batch_size} examples per round, rate {t.learning_rate:g} {t.schedule}, seed {t.seed}",
+        "aggregation": f"{f.aggregation.strategy} by {f.aggregation.weights}, updates in {f.communication.codec}",
+        "export": f"{f.export.select} round, {'merged model' if f.export.merge and f.model.method == 'lora' else 'as trained'}",
+        "store": f.storage.root,
+        "tracking": f.tracking.uri,
+        "agreement covers": "base, model, silos, data, training, aggregation, evaluation, communication",
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def _silo(silo: Silo) -> str:
+    own = ", ".join(f"{key} {value}" for key, value in silo.training.model_dump(exclude_none=True).items())
+    splits = ", ".join(key for key in ("train", "valid", "test") if getattr(silo, key))
+    return f"{silo.id}: {splits}" + (f"; own {own}" if own else "")
+
+
+def edit_lines(federation: Federation, rounds: Rounds, base: base_model.Base | None) -> list[str]:
+    """What the file, as it stands, changes for a federation that has commits; no lines for one that has none.
+
+    Raises:
+        FederationError: it would be another federation.
+        UnreachableError: the store.
+    """
+    latest = rounds.latest()
+    if latest is None:
+        return ["the store has no round of it yet; `silotune run` begins"]
+    old = rounds.agreement(latest.agreement)
+    new = federation.agreement(base.digest if base else old.base, base.tokenizer if base else old.tokenizer)
+    if odd := old.forbids(new):
+        changed = "\n".join(f"  {line}" for line in _told(old, new, odd))
+        raise FederationError(
+            f"federation {federation.name!r} stands at round {latest.round} on other terms, and these make a new one:\n{changed}\n"
+            "undo the change, or give a new name or storage.root"
+        )
+    lines = [f"the store has it at round {latest.round}"]
+    changes = old.changes(new)
+    if not changes:
+        return [*lines, "the terms are those agreed on; paths, storage, tracking and round counts may change at any time"]
+    return [*lines, _from_when(rounds, latest, new), *(f"  {line}" for line in _told(old, new, changes))]
+
+
+def _from_when(rounds: Rounds, latest: Commit, new: Agreement) -> str:
+    plan = rounds.plan(latest.round + 1)
+    if plan is None or plan.agreement == new.digest:
+        return f"an amendment, which holds from round {latest.round + 1} on:"
+    lost = sorted(rounds.updates(plan.round))
+    what = f", and drops the updates of {', '.join(lost)}" if lost else ""
+    return f"an amendment, which closes open round {plan.round} without a result{what}, and holds from round {plan.round + 1} on:"
+
+
+def _told(old: Agreement, new: Agreement, paths: list[str]) -> Iterator[str]:
+    before, after = old.model_dump(), new.model_dump()
+    for path in paths:
+        got = [_at(before, path), _at(after, path)]
+        if path.startswith("silos.") and path.count(".") == 1:
+            yield f"{path}: {'joins' if got[0] is None else 'leaves'}"
+        else:
+            a, b = (str(x)[:12] if path in ("base", "tokenizer") else "unset" if x is None else str(x) for x in got)
+            yield f"{path}: {a} → {b}"
+
+
+def _at(value: Any, path: str) -> Any:
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How reading one split of one silo went."""
+
+    silo: str
+    split: str
+    records: int
+    problem: str = ""
+
+
+def readings(federation: Federation) -> Iterator[Reading]:
+    """Read every record on this machine, with the reader that preprocess uses; a file's first problem is told."""
+    from silotune.components.learning.records import read_records
+
+    for silo in federation.silos:
+        for split in ("train", "valid", "test"):
+            source = getattr(silo, split)
+            if not source:
+                continue
+            if is_remote(source):
+                yield Reading(silo.id, split, 0, "not read: it is in S3")
+                continue
+            count = 0
+            try:
+                for _ in read_records(Path(source), federation.data.format, federation.data.fields):
+                    count += 1
+                if not count:
+                    raise FederationError(f"{Path(source).name}: holds no record; give a file with at least one")
+                yield Reading(silo.id, split, count)
+            except FederationError as error:
+                yield Reading(silo.id, split, count, str(error))

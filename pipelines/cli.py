@@ -1,0 +1,302 @@
+"""silotune: the command line.
+
+    silotune new DIR          a federation file to start from
+    silotune check FILE       is it right, and what would an edit mean
+    silotune run FILE         run it on this machine
+    silotune status FILE      where it stands
+    silotune compile FILE     the pipeline, for Kubeflow
+    silotune sync | ui FILE   MLflow
+    silotune schema           the file's JSON Schema
+
+Whatever a command does not need is not imported: `--help` answers at once. Errors leave as one message and the exit code of `errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from silotune.components.errors import FederationError, SilotuneError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from silotune.components.federation import Federation
+    from silotune.components.rounds import Rounds
+    from silotune.pipelines.progress_view import Course
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fine-tunes large language models across organisations that may not share their records.",
+)
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The federation file.")]
+PerRun = Annotated[int | None, typer.Option("--rounds", min=1, help="Rounds to work on; default: rounds.per_run, or all that are left.")]
+
+
+class Engine(StrEnum):
+    """Where a run works."""
+
+    local = "local"
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app(prog_name="silotune")
+    except SilotuneError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        _fail(f"{error.filename or 'a local file'}: {error.strerror or error}", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"{typer.style('error:', fg='red')} {message}", err=True)
+    raise SystemExit(code)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"silotune {version('silotune')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def new(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the file; made if absent.")]) -> None:
+    """Write a commented federation file to start from."""
+    from silotune.pipelines import starter
+
+    file = starter.write(folder)
+    typer.echo(f"{file} written; name your model and silos in it, then: silotune check {file}")
+
+
+@app.command()
+def check(file: File, data: Annotated[bool, typer.Option("--data", help="Also read every record on this machine.")] = False) -> None:
+    """Check a federation file, and say what an edit of it would mean."""
+    from silotune.pipelines import checkup
+
+    federation, console = _load(file, check_files=True), _console()
+    base = checkup.local_base(federation)
+    console.print(f"[bold]{federation.name}[/]: {file} is valid", highlight=False)
+    console.print(checkup.terms_table(federation, base))
+    if data:
+        _check_data(federation, console)
+    for line in checkup.edit_lines(federation, _rounds(federation), base):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_data(federation: Federation, console: Console) -> None:
+    from silotune.pipelines.checkup import readings
+
+    problems = []
+    for r in readings(federation):
+        told = r.problem or f"{r.records} records"
+        console.print(f"{r.silo} {r.split}: {told}", markup=False, highlight=False, soft_wrap=True)
+        if r.problem and not r.problem.startswith("not read"):
+            problems.append(f"{r.silo} {r.split}: {r.problem}")
+    if problems:
+        raise FederationError("\n  ".join(["the records of these silos cannot be used:", *problems]))
+
+
+@app.command()
+def run(
+    file: File,
+    rounds: PerRun = None,
+    engine: Annotated[Engine, typer.Option(help="Where it runs.")] = Engine.local,
+    warm: Annotated[bool, typer.Option("--warm/--no-warm", help="Keep one process with the imports done; faster.")] = True,
+) -> None:
+    """Run a federation on this machine, from where it stands."""
+    from silotune.pipelines import status as stand
+
+    federation, console = _load(file, check_files=True), _console()
+    store = _rounds(federation)
+    slots = _slots(federation, store, rounds)
+    exported = stand.export(federation, store) if not slots and store.latest() else None
+    if exported and stand.is_current(federation, store, exported):
+        console.print("nothing left to do: all rounds are committed, and the model is exported", highlight=False)
+    else:
+        _run_here(federation, store, slots, warm, file, console)
+        exported = stand.export(federation, store)
+    if found := stand.comparison(federation, store):
+        console.print(stand.comparison_table(found))
+    if exported:
+        console.print(f"model: {exported.location}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow: silotune ui {file}", highlight=False, soft_wrap=True)
+
+
+def _slots(federation: Federation, store: Rounds, asked: int | None) -> int:
+    """How many rounds to work on: at most those that are left."""
+    commits = list(store.commits())
+    if commits and commits[-1].converged and federation.rounds.until:
+        return 0
+    left = max(0, federation.rounds.total - sum(c.outcome == "aggregated" for c in commits))
+    return min(left, asked or federation.rounds.per_run or left)
+
+
+def _run_here(federation: Federation, store: Rounds, slots: int, warm: bool, file: Path, console: Console) -> None:
+    from silotune.pipelines import engines
+    from silotune.pipelines.progress_view import watch
+
+    with _terminable():
+        going = None
+        try:
+            going = engines.start(federation, slots, warm=warm)
+            course = watch(going, federation, store, slots, console)
+        except (KeyboardInterrupt, Terminated) as why:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            if going:
+                going.stop()
+            typer.echo(f"\nstopped; nothing committed is lost, `silotune run {file}` goes on from there", err=True)
+            raise typer.Exit(143 if isinstance(why, Terminated) else 130) from None
+        except BaseException:
+            if going:
+                going.stop()
+            raise
+    result = going.result()
+    _tell_troubles(course, console)
+    if code := result["exit_code"]:
+        log = f"\nlog: {going.log}" if code == 1 and str(going.log) not in result["message"] else ""
+        _fail(f"{result['message']}{log}\n`silotune run {file}` goes on from what is committed", code)
+
+
+def _tell_troubles(course: Course, console: Console) -> None:
+    for silo, texts in sorted(course.troubles.items()):
+        for text in texts:
+            console.print(f"[yellow]warning:[/] {silo}", end=": " if silo else "", highlight=False)
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM as an exception, so that a run is stopped before its starter leaves."""
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@app.command()
+def status(file: File, as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False) -> None:
+    """Say where a federation stands, from its store."""
+    from silotune.pipelines import status as stand
+
+    federation = _load(file)
+    found = stand.status(federation, _rounds(federation))
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=2, allow_nan=False))
+    else:
+        console = _console()
+        console.print(stand.status_table(found, len(federation.silos)))
+        for line in stand.notes(found):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compile(
+    file: File,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it; ends with .yaml.")],
+    rounds: PerRun = None,
+) -> None:
+    """Compile the pipeline of a federation for Kubeflow."""
+    if output.suffix not in (".yaml", ".yml"):
+        raise FederationError(f"--output: must end with .yaml, got {output}; Kubeflow reads no other kind")
+    federation = _load(file)
+    slots = rounds or federation.rounds.per_run or federation.rounds.total
+
+    from kfp import compiler
+
+    from silotune.pipelines.federated_finetuning import federated_finetuning
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(federated_finetuning(federation, slots), str(output))
+    typer.echo(f"{output}: {len(federation.silos)} silos, {slots} rounds; its parameter `federation` is the file's path where tasks run")
+
+
+@app.command()
+def sync(file: File) -> None:
+    """Bring MLflow up to date with the store; prints the MLflow run's id."""
+    from silotune.components import tracking
+    from silotune.pipelines import status as stand
+
+    federation = _load(file)
+    store = _rounds(federation)
+    latest = store.latest()
+    if latest is None:
+        raise FederationError(f"federation {federation.name!r} has no round yet, so that there is nothing to sync; run it first")
+    last = stand.round_status(federation, store, latest, latest.round)
+    typer.echo(tracking.sync(federation, store, complete=set(store.agreement(latest.agreement).silos) <= set(last.scores)))
+
+
+@app.command()
+def ui(file: File, port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000) -> None:
+    """Open MLflow on the federation's tracking store."""
+    uri = _load(file).tracking.uri
+    if uri.startswith(("http://", "https://")):
+        typer.echo(f"MLflow is at {uri}")
+        return
+    folder = Path(uri.removeprefix("sqlite:///"))
+    if not folder.exists():
+        raise FederationError(f"tracking.uri {uri!r}: nothing is tracked there yet; `silotune run {file}` makes it")
+    typer.echo(f"MLflow is coming up at http://127.0.0.1:{port}; Ctrl-C ends it", err=True)
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # else it starts seven more processes
+    os.chdir(folder.parent)  # where MLflow drops what it writes beside its database
+    words = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.execv(sys.executable, [sys.executable, *words])  # noqa: S606 (no shell is wanted)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the federation file, for editors."""
+    from silotune.components.federation import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _load(file: Path, *, check_files: bool = False) -> Federation:
+    from silotune.components.federation import Federation
+
+    return Federation.load(file, check_files=check_files)
+
+
+def _rounds(federation: Federation) -> Rounds:
+    from silotune.components.rounds import Rounds
+
+    return Rounds.of(federation)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()

@@ -1,0 +1,278 @@
+"""Status: where a federation stands, from the store alone.
+
+    status(federation, rounds)       the whole course as data; `silotune status --json` prints its `as_json`
+    comparison(federation, rounds)   base against federated, by silo
+
+The loss of a global is pooled over the silos that scored it on their valid split. It counts from the quorum on, or once the next round is
+committed: a mean over whoever came first would move about while a round is open.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from silotune.components import opening
+from silotune.components.federation import Federation
+from silotune.components.rounds import Commit, Evaluation, Exported, Plan, Rounds, perplexity, pooled
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SHOWN = 12  # hexadecimal digits of a digest that people see
+
+
+@dataclass(frozen=True)
+class RoundStatus:
+    """One round: committed, or open."""
+
+    round: int
+    committed: bool
+    outcome: str
+    participants: list[str]
+    missing: dict[str, str]
+    sha256: str | None = None
+    scores: dict[str, Evaluation] = field(default_factory=dict)  # of its global on valid, by silo
+    evaluated: bool = False
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float | None = None
+
+    @property
+    def loss(self) -> float | None:
+        return pooled(self.scores)["loss"] if self.evaluated else None
+
+    @property
+    def perplexity(self) -> float | None:
+        """None, too, where it overflows: JSON has no infinity."""
+        found = None if self.loss is None else perplexity(self.loss)
+        return found if found is not None and math.isfinite(found) else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "round": self.round,
+            "committed": self.committed,
+            "participants": self.participants,
+            "missing": self.missing,
+            "global": {"loss": self.loss, "perplexity": self.perplexity, "sha256": self.sha256},
+            "bytes": {"up": self.bytes_up, "down": self.bytes_down},
+        }
+
+
+@dataclass(frozen=True)
+class Status:
+    """A federation's course."""
+
+    federation: str
+    digest: str | None  # of the agreement of the highest commit
+    rounds: list[RoundStatus]
+    export: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        rounds = [r.as_json() for r in self.rounds]
+        return {"federation": self.federation, "digest": self.digest, "rounds": rounds, "export": self.export}
+
+
+def status(federation: Federation, rounds: Rounds) -> Status:
+    """Read the whole course."""
+    commits = list(rounds.commits())
+    if not commits:
+        return Status(federation.name, None, [], None)
+    latest = commits[-1]
+    course = [round_status(federation, rounds, commit, latest.round) for commit in commits]
+    if plan := rounds.plan(latest.round + 1):
+        course.append(_open(rounds, plan))
+    found = export(federation, rounds)
+    return Status(federation.name, latest.agreement, course, found.location if found else None)
+
+
+def round_status(federation: Federation, rounds: Rounds, commit: Commit, latest: int) -> RoundStatus:
+    """A committed round; ``latest`` is the number of the highest commit."""
+    scores = {} if commit.outcome == "amended" else rounds.evaluations(commit.outgoing, "valid")
+    return RoundStatus(
+        round=commit.round,
+        committed=True,
+        outcome=commit.outcome,
+        participants=sorted(commit.contributions),
+        missing=commit.missing,
+        sha256=commit.outgoing,
+        scores=scores,
+        evaluated=bool(scores) and (commit.round < latest or len(scores) >= federation.quorum),
+        bytes_up=commit.bytes_up,
+        bytes_down=commit.bytes_down,
+        seconds=commit.at - commit.started if commit.outcome == "aggregated" else None,
+    )
+
+
+def _open(rounds: Rounds, plan: Plan) -> RoundStatus:
+    delivered = rounds.updates(plan.round)
+    attempts = rounds.attempts(plan.round)
+    known: dict[str, str] = {}
+    for attempt in attempts:
+        known |= attempt.missing
+        known |= dict.fromkeys((s for s in attempt.asked), "no update yet")
+        known |= {silo: report.text for silo, report in rounds.reports(plan.round, attempt.attempt).items() if report.status != "ok"}
+    return RoundStatus(
+        round=plan.round,
+        committed=False,
+        outcome="open",
+        participants=sorted(delivered),
+        missing={silo: known.get(silo, "not asked yet") for silo in sorted(plan.participants) if silo not in delivered},
+        bytes_up=sum(m.bytes for m in delivered.values()),
+        bytes_down=len(delivered) * rounds.object_size(plan.incoming),
+    )
+
+
+def chosen(federation: Federation, rounds: Rounds) -> Commit:
+    """The commit that ``export.select`` means now; there must be one."""
+    number = opening.best_round(rounds) if federation.export.select == "best" else None
+    latest = rounds.latest() if number is None else rounds.commit(number)
+    if latest is None:
+        raise ValueError("nothing is committed")
+    return latest
+
+
+def export(federation: Federation, rounds: Rounds) -> Exported | None:
+    """The export that the file asks for now, else the one of the highest round."""
+    wanted = chosen(federation, rounds).digest
+    found = list(_exports(rounds))
+    merged = federation.export.merge
+    return max(found, key=lambda e: (e.commit.startswith(wanted), e.commit.endswith("-merged") == merged, e.round), default=None)
+
+
+def is_current(federation: Federation, rounds: Rounds, exported: Exported) -> bool:
+    """Whether an export is of the commit, and of the kind, that the file asks for now."""
+    merged = exported.commit.endswith("-merged") == federation.export.merge
+    return exported.commit.startswith(chosen(federation, rounds).digest) and merged
+
+
+def _exports(rounds: Rounds) -> Iterator[Exported]:
+    prefix = rounds.key("exports") + "/"
+    for key in rounds.store.list(prefix):
+        name = key.removeprefix(prefix)
+        if "/" not in name and (found := rounds.export(name.removesuffix(".json"))):
+            yield found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the base and the federated model do on the same split; (silo, base, federated), the last row over all silos."""
+
+    split: str
+    round: int
+    rows: list[tuple[str, float, float]]
+
+
+def comparison(federation: Federation, rounds: Rounds) -> Comparison | None:
+    """On test where silos have one, else on valid; None without scores of both."""
+    commit = chosen(federation, rounds)
+    for split in ("test", "valid"):
+        base = rounds.evaluations(rounds.commit(0).outgoing, split)
+        federated = rounds.evaluations(commit.outgoing, split)
+        both = sorted(base.keys() & federated.keys())
+        if both:
+            rows = [(s, _loss(base[s]), _loss(federated[s])) for s in both]
+            pools = [pooled({s: scores[s] for s in both})["loss"] for scores in (base, federated)]
+            return Comparison(split, commit.round, [*rows, ("all", pools[0], pools[1])])
+    return None
+
+
+def _loss(evaluation: Evaluation) -> float:
+    return evaluation.loss_sum / evaluation.tokens
+
+
+# For people
+
+
+def status_table(found: Status, participants: int) -> RenderableType:
+    """The course, and the silos' own losses in the last round that has been evaluated."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    title = Text.assemble((found.federation, "bold"), f"  agreement {(found.digest or 'none yet')[:SHOWN]}")
+    if not found.rounds:
+        return Group(title, Text("no round is committed; `silotune run` begins"))
+    table = Table(box=None, pad_edge=False)
+    for name in ("round", "silos", "loss", "perplexity", "up", "down", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("global", no_wrap=True)
+    for r in found.rounds:
+        table.add_row(*_cells(r, participants))
+    parts: list[RenderableType] = [title, table]
+    evaluated = [r for r in found.rounds if r.evaluated]
+    if evaluated:
+        parts += ["", _silo_table(evaluated[-1])]
+    return Group(*parts)
+
+
+def notes(found: Status) -> Iterator[str]:
+    """What a table has no room for: who is missing and why, and where the export is."""
+    for r in found.rounds:
+        if r.outcome == "amended":
+            yield f"round {r.round}: closed without a result, since the terms were amended"
+        for why, silos in groupby(sorted(r.missing, key=lambda s: (r.missing[s], s)), key=lambda s: r.missing[s]):
+            yield f"round {r.round}: {', '.join(silos)}: {why}"
+    if found.rounds:
+        yield f"exported to {found.export}" if found.export else "nothing exported yet"
+
+
+def _cells(r: RoundStatus, participants: int) -> list[str]:
+    from rich.filesize import decimal
+
+    aggregated = r.outcome == "aggregated"
+    return [
+        f"{r.round}" if r.committed else f"{r.round} open",
+        f"{len(r.participants)} of {len(r.participants) + len(r.missing)}" if aggregated or not r.committed else "",
+        number(r.loss) + ("" if not r.evaluated or len(r.scores) >= participants else f" ({len(r.scores)} silos)"),
+        number(r.perplexity, 2),
+        decimal(r.bytes_up) if r.bytes_up else "",
+        decimal(r.bytes_down) if r.bytes_down else "",
+        duration(r.seconds) if r.seconds is not None else "",
+        (r.sha256 or "")[:SHOWN],
+    ]
+
+
+def _silo_table(r: RoundStatus) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title=f"on valid, round {r.round}", title_justify="left", title_style="")
+    table.add_column("silo", no_wrap=True)
+    for name in ("loss", "perplexity", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for silo, score in sorted(r.scores.items()):
+        table.add_row(silo, number(_loss(score)), number(perplexity(_loss(score)), 2), f"{score.tokens}")
+    return table
+
+
+def comparison_table(found: Comparison) -> RenderableType:
+    from rich.table import Table
+
+    title = f"on {found.split}, base against round {found.round}; loss in nats per token"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="")
+    table.add_column("silo", no_wrap=True)
+    for name in ("base loss", "federated", "change", "base perplexity", "federated"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for silo, base, federated in found.rows:
+        better = "green" if federated < base else "red" if federated > base else ""
+        change = f"[{better}]{federated - base:+.4f}[/]" if better else "0"
+        table.add_row(silo, number(base), number(federated), change, number(perplexity(base), 2), number(perplexity(federated), 2),
+                      style="bold" if silo == "all" else "")  # fmt: skip
+    return table
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 05 s, 2 h 07 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,366 @@
+"""The six steps together, in one process: what a federation does when all goes well, and when it does not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from silotune.components import opening
+from silotune.components.aggregate import step as aggregate
+from silotune.components.errors import FederationError, QuorumError, RefusedError, UnreachableError
+from silotune.components.evaluate import step as evaluate
+from silotune.components.export import step as export
+from silotune.components.federation import Federation, Until
+from silotune.components.initialize import step as initialize
+from silotune.components.learning.tensor_file import open_tensor_file
+from silotune.components.preprocess import step as preprocess
+from silotune.components.rounds import Rounds, Turn
+from silotune.components.silo_job import silo_home
+from silotune.components.train import step as train
+from silotune.pipelines.simulate import Simulation
+
+SILOS = ("east", "north", "south")
+
+
+def begin(file: Path) -> str:
+    return initialize.work(str(file), *(preprocess.work(str(file), s) for s in SILOS))
+
+
+def edit(file: Path, **sections: Any) -> None:
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | sections))
+
+
+def rounds_of(file: Path) -> Rounds:
+    return Rounds.of(Federation.load(file))
+
+
+def test_a_whole_federation(make_federation: Any) -> None:
+    simulation = Simulation(make_federation())
+    results = list(simulation.run())
+    assert [r.round for r in results] == [1, 2]
+    initial, first, second = simulation.results()
+    assert second.loss < first.loss < initial.loss
+    assert all(set(r.silos) == set(SILOS) and not r.missing for r in results)
+    commits = list(simulation.rounds.commits())
+    assert [c.previous for c in commits[1:]] == [c.digest for c in commits[:-1]]
+    assert sum(c.weight for c in commits[1].contributions.values()) == pytest.approx(1)
+    assert commits[1].contributions["east"].examples == 6
+
+
+def test_a_round_is_the_weighted_mean_of_what_the_silos_sent(make_federation: Any, tmp_path: Path) -> None:
+    simulation = Simulation(make_federation(rounds={"total": 1}, aggregation={"weights": "tokens"}))
+    list(simulation.run())
+    rounds, commit = simulation.rounds, simulation.rounds.commit(1)
+    fetched = {d: open_tensor_file(rounds.fetch_object(d, tmp_path / d)).read_all() for d in (commit.incoming or "", commit.outgoing)}
+    deltas = {s: open_tensor_file(rounds.fetch_object(c.object, tmp_path / s)).read_all() for s, c in commit.contributions.items()}
+    tokens = {s: c.tokens for s, c in commit.contributions.items()}
+    assert len(set(tokens.values())) > 1
+    for name, before in fetched[commit.incoming or ""].items():
+        mean = np.average([deltas[s][name] for s in SILOS], axis=0, weights=[tokens[s] for s in SILOS])
+        np.testing.assert_allclose(fetched[commit.outgoing][name], before + mean, rtol=1e-5, atol=1e-8)
+
+
+def test_running_again_does_no_work_twice(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make_federation()
+    list(Simulation(file).run(rounds=1))
+    turn = begin(file)
+    assert turn == "round:2 attempt:2"  # round 2 was opened by the commit of round 1
+    train.work(str(file), "east", turn)
+    monkeypatch.setattr(train, "_train", lambda *_: pytest.fail("a silo that has delivered must not train again"))
+    assert train.work(str(file), "east", turn) == "east ok"
+
+
+def test_a_silo_whose_data_are_wrong_is_left_out_and_named(make_federation: Any) -> None:
+    file = make_federation()
+    (file.parent / "data" / "north" / "train.jsonl").write_text('{"prompt": "x"}\n')
+    simulation = Simulation(file)
+    results = list(simulation.run())
+    assert [sorted(r.silos) for r in results] == [["east", "south"]] * 2
+    assert results[0].missing == {"north": "failed: data or settings are wrong"}
+    assert "line 1" in simulation.details["north"]
+    assert "response" in simulation.details["north"]
+
+
+def test_too_few_silos_with_data_is_an_error_of_the_federation(make_federation: Any) -> None:
+    file = make_federation()
+    for silo in ("north", "south"):
+        (file.parent / "data" / silo / "train.jsonl").write_text("")
+    with pytest.raises(FederationError, match=r"2 of 3 silos must deliver, 1 did:\n  north .*\n  south"):
+        list(Simulation(file).run())
+
+
+def test_below_quorum_the_round_stays_open_and_only_the_missing_are_asked(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make_federation(rounds={"total": 1, "quorum": 3})
+    turn = begin(file)
+    statuses = [train.work(str(file), s, turn) for s in ("east", "north")]
+    with pytest.raises(QuorumError, match=r"3 of 3 silos must deliver, 2 did:\n  south +failed: disk full\n"):
+        aggregate.work(str(file), turn, *statuses, "south failed: disk full")
+    latest = rounds_of(file).latest()
+    assert latest is not None
+    assert latest.round == 0
+    again = begin(file)
+    assert rounds_of(file).attempts(1)[-1].asked == ["south"]
+    train.work(str(file), "south", again)
+    assert aggregate.work(str(file), again, "east ok", "north ok", "south ok").startswith("done:")
+    assert sorted(rounds_of(file).commit(1).contributions) == list(SILOS)
+
+
+def test_a_late_joiner_finds_the_round_committed_and_goes_on(make_federation: Any) -> None:
+    file = make_federation()
+    turn = begin(file)
+    statuses = [train.work(str(file), s, turn) for s in SILOS]
+    first = aggregate.work(str(file), turn, *statuses)
+    before = rounds_of(file).commit(1)
+    again = aggregate.work(str(file), turn, *statuses)
+    assert Turn.parse(first).round == Turn.parse(again).round == 2
+    assert rounds_of(file).commit(1) == before
+
+
+def test_nan_loss_is_reported_and_not_sent(make_federation: Any) -> None:
+    file = make_federation(training={"steps": 40, "batch_size": 3, "learning_rate": 1e30}, rounds={"total": 1, "quorum": 3})
+    turn = begin(file)
+    with pytest.raises(Exception, match="non-finite loss at step") as caught:
+        train.work(str(file), "east", turn)
+    assert getattr(caught.value, "reason", "").startswith("non-finite loss at step")
+    assert rounds_of(file).updates(1) == {}
+
+
+def test_terms_amended_before_a_commit_close_the_open_round(make_federation: Any) -> None:
+    file = make_federation()
+    begin(file)
+    edit(file, training={"steps": 1, "batch_size": 2, "learning_rate": 0.002})
+    results = list(Simulation(file).run())
+    commits = list(rounds_of(file).commits())
+    assert [c.outcome for c in commits] == ["initialized", "amended", "aggregated", "aggregated"]
+    assert commits[1].outgoing == commits[0].outgoing
+    assert [r.round for r in results] == [2, 3]
+    assert commits[2].contributions["east"].examples == 2
+
+
+def test_a_round_trained_on_other_terms_is_refused_by_the_silo(make_federation: Any) -> None:
+    file = make_federation()
+    turn = begin(file)
+    edit(file, training={"steps": 1, "batch_size": 2, "learning_rate": 0.002})
+    with pytest.raises(RefusedError, match=r"terms differ .* training\.batch_size, training\.learning_rate, training\.steps"):
+        train.work(str(file), "east", turn)
+
+
+def test_another_base_needs_another_federation(make_federation: Any, tiny_gpt2: Path) -> None:
+    file = make_federation()
+    list(Simulation(file).run(rounds=1))
+    edit(file, model={"base": str(tiny_gpt2), "lora": {"r": 2, "alpha": 4}})
+    with pytest.raises(FederationError, match="1 rounds on other terms: base changed, which makes a new federation"):
+        begin(file)
+
+
+def test_free_edits_change_nothing(make_federation: Any) -> None:
+    file = make_federation()
+    list(Simulation(file).run(rounds=1))
+    edit(file, rounds={"total": 3, "quorum": 1})
+    assert begin(file) == "round:2 attempt:2"
+
+
+def test_a_silo_with_another_base_is_refused(make_federation: Any) -> None:
+    file = make_federation()
+    statuses = [preprocess.work(str(file), s) for s in SILOS]
+    statuses[1] = statuses[1].replace("base:", "base:0")
+    initialize.work(str(file), *statuses)
+    assert rounds_of(file).attempts(1)[0].missing == {"north": "refused: base model differs"}
+
+
+def corrupt_update(file: Path, silo: str) -> None:
+    rounds = rounds_of(file)
+    manifest = rounds.update(1, silo)
+    assert manifest is not None
+    path = Path(rounds.store.url(rounds.key("objects", manifest.object)))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0x10
+    path.chmod(0o600)
+    path.write_bytes(bytes(data))
+
+
+def test_an_update_altered_in_the_store_is_refused_and_the_round_goes_on(make_federation: Any) -> None:
+    file = make_federation(rounds={"total": 1, "quorum": 2})
+    turn = begin(file)
+    statuses = [train.work(str(file), s, turn) for s in SILOS]
+    corrupt_update(file, "south")
+    aggregate.work(str(file), turn, *statuses)
+    commit = rounds_of(file).commit(1)
+    assert sorted(commit.contributions) == ["east", "north"]
+    assert commit.missing["south"].startswith("refused")
+
+
+def test_rounds_move_through_the_data(make_federation: Any) -> None:
+    simulation = Simulation(make_federation(rounds={"total": 3}))
+    list(simulation.run())
+    assert [simulation.rounds.commit(r).contributions["east"].cursor for r in (1, 2, 3)] == [6, 12, 18]
+    plans = [simulation.rounds.plan(r) for r in (1, 2, 3)]
+    assert [p.participants["east"].cursor for p in plans if p] == [0, 6, 12]
+
+
+def test_it_stops_when_it_has_converged(make_federation: Any) -> None:
+    until = {"metric": "loss", "patience": 2, "min_delta": 100.0}  # no round improves by that much
+    file = make_federation(rounds={"total": 9, "until": until})
+    simulation = Simulation(file)
+    # round 0 is the best; 1 and 2 are no better; that is known once round 3 has evaluated 2
+    assert [r.round for r in simulation.run()] == [1, 2, 3]
+    assert begin(file) == "done:converged at round 3"
+    assert train.run(str(file), "east", "done:converged at round 3") == "east ok: nothing to do"
+    assert aggregate.run(str(file), "done:converged at round 3", []) == "done:converged at round 3"
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "delta", "expected"),
+    [
+        ([3.0, 2.0, 1.0], 1, 0.0, False),
+        ([3.0, 2.0, 2.0], 1, 0.0, True),
+        ([3.0, 2.0, 2.5, 1.0], 2, 0.0, False),
+        ([3.0, 2.0, 2.5, 2.1], 2, 0.0, True),
+        ([3.0, 2.9, 2.8], 2, 0.5, True),
+        ([], 1, 0.0, False),
+    ],
+)
+def test_convergence(values: list[float], patience: int, delta: float, expected: bool) -> None:
+    assert opening.has_converged(values, Until(patience=patience, min_delta=delta)) is expected
+    accuracies = [-v for v in values]
+    assert opening.has_converged(accuracies, Until(metric="token_accuracy", patience=patience, min_delta=delta)) is expected
+
+
+def test_the_rate_falls_over_rounds_and_the_plan_says_so(make_federation: Any) -> None:
+    training = {"steps": 1, "batch_size": 2, "learning_rate": 0.01, "round_schedule": "linear"}
+    simulation = Simulation(make_federation(rounds={"total": 4}, training=training))
+    list(simulation.run())
+    plans = [simulation.rounds.plan(r) for r in (1, 2, 3, 4)]
+    assert [p.learning_rate for p in plans if p] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+
+
+def test_without_a_valid_file_a_part_of_train_is_set_aside(make_federation: Any) -> None:
+    file = make_federation()
+    terms = yaml.safe_load(file.read_text())
+    for silo in terms["silos"]:
+        del silo["valid"]
+    edit(file, silos=terms["silos"], data={"max_length": 64, "valid_fraction": 0.2})
+    preprocess.work(str(file), "south")
+    federation = Federation.load(file)
+    home = silo_home(federation, federation.silo("south"))
+    splits = {s: train.open_split(home, s) for s in ("train", "valid")}
+    texts = {s: {shard.example(i)[0].tobytes() for i in range(len(shard))} for s, shard in splits.items()}
+    assert {s: len(t) for s, t in texts.items()} == {"train": 14, "valid": 3}
+    assert not texts["train"] & texts["valid"]
+
+
+def test_test_is_read_by_evaluate_only_and_once(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make_federation(rounds={"total": 1})
+    simulation = Simulation(file)
+    list(simulation.run())
+    commits = list(simulation.rounds.commits())
+    assert all(not simulation.rounds.evaluations(c.outgoing, "test") for c in commits)
+    table = simulation.test()
+    assert table["last"]["all"] < table["base"]["all"]
+    monkeypatch.setattr(evaluate, "evaluate_split", lambda *_: pytest.fail("scored twice"))
+    assert simulation.test() == table
+
+
+def test_the_export_loads_as_a_peft_folder_and_is_the_global(make_federation: Any, tmp_path: Path) -> None:
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    file = make_federation()
+    simulation = Simulation(file)
+    list(simulation.run())
+    simulation.test()
+    where = simulation.export()
+    model = AutoPeftModelForCausalLM.from_pretrained(where)
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    ids = torch.tensor([tokenizer("what is case 3?")["input_ids"]])
+    ours, _ = simulation.model()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, ours(ids).logits)
+        assert not torch.allclose(model(ids).logits, simulation.model(0)[0](ids).logits)
+    card = (Path(where) / "README.md").read_text()
+    best = simulation.rounds.commit(opening.best_round(simulation.rounds))
+    assert best.digest in card
+    assert best.outgoing in card
+    assert "east, north, south" in card
+
+
+@pytest.mark.parametrize("changes", [{"model": {"method": "full"}}, {"export": {"merge": True}}], ids=["full", "merged"])
+def test_the_export_loads_as_a_full_model(make_federation: Any, tiny_gpt2: Path, changes: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = {"base": str(tiny_gpt2)} | changes.pop("model", {"lora": {"r": 2, "alpha": 4}})
+    training = {"steps": 2, "batch_size": 3, "learning_rate": 0.001}
+    simulation = Simulation(make_federation(model=model, training=training, rounds={"total": 1}, **changes))
+    list(simulation.run())
+    loaded = AutoModelForCausalLM.from_pretrained(simulation.export())
+    ids = torch.arange(10).reshape(1, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, simulation.model()[0].eval()(ids).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_a_silo_trains_on_its_own_terms(make_federation: Any) -> None:
+    file = make_federation()
+    terms = yaml.safe_load(file.read_text())
+    terms["silos"][0]["training"] = {"steps": 5, "batch_size": 1}
+    edit(file, silos=terms["silos"])
+    simulation = Simulation(file)
+    list(simulation.run(rounds=1))
+    parts = simulation.rounds.commit(1).contributions
+    assert (parts["east"].steps, parts["east"].examples) == (5, 5)
+    assert (parts["north"].steps, parts["north"].examples) == (2, 6)
+
+
+def test_alone_and_centralised_are_federations_of_one(make_federation: Any) -> None:
+    simulation = Simulation(make_federation(rounds={"total": 1}))
+    list(simulation.run())
+    alone = simulation.alone("north")
+    list(alone.run())
+    assert alone.rounds.commit(1).contributions.keys() == {"north"}
+    central = simulation.centralised(batch_size=2)
+    list(central.run())
+    assert central.rounds.commit(1).contributions["pooled"].steps == 6
+    assert central.rounds.commit(1).contributions["pooled"].examples == 12
+    scores = simulation.scores(of=alone)
+    assert set(scores) == set(SILOS)
+    assert scores["south"].loss != pytest.approx(simulation.scores()["south"].loss, abs=1e-9)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_told_as_such(make_federation: Any, tmp_path: Path) -> None:
+    import subprocess
+
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not allow mounting")
+    try:
+        file = make_federation(storage={"root": str(small / "store")}, rounds={"total": 2})
+        with pytest.raises(UnreachableError, match="no room"):
+            list(Simulation(file).run())
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_an_unreachable_store_is_worth_retrying(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
+    file = make_federation(storage={"root": "s3://bucket/prefix"})
+    with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:1"):
+        begin(file)
+
+
+def test_one_federation_over_s3(make_federation: Any, s3: Any) -> None:
+    file = make_federation(storage={"root": f"s3://{s3.bucket}/{s3.prefix}"}, rounds={"total": 1})
+    on_disk = make_federation(file.parent / "disk", rounds={"total": 1})
+    remote, local = Simulation(file), Simulation(on_disk)
+    assert [r.global_digest for r in remote.run()] == [r.global_digest for r in local.run()]
+    assert str(remote.export()).startswith("s3://")
+    assert json.loads(s3.get("tiny/rounds/00001/commit.json"))["outcome"] == "aggregated"
