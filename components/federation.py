@@ -166,7 +166,9 @@ class Aggregation(Section):
 class Evaluation(Section):
     """How the global model is judged in each silo."""
 
-    max_examples: Positive | None = Field(None, description="At most so many examples of a split, chosen by seed; default: all.")
+    max_examples: Positive | None = Field(
+        None, description="At most so many valid examples per silo, chosen by seed; default: all. Test is always scored whole."
+    )
     batch_size: Positive = Field(16, description="Examples per forward pass.")
 
 

@@ -183,7 +183,8 @@ def _run_here(federation: Federation, store: Rounds, slots: int, warm: bool, fil
     _tell_troubles(course, console)
     if code := result["exit_code"]:
         log = f"\nlog: {going.log}" if code == 1 and str(going.log) not in result["message"] else ""
-        _fail(f"{result['message']}{log}\n`silotune run {file}` goes on from what is committed", code)
+        again = "" if code == FederationError.exit_code else f"\n`silotune run {file}` goes on from what is committed"
+        _fail(f"{result['message']}{log}{again}", code)
 
 
 def _tell_troubles(course: Course, console: Console) -> None:
@@ -300,3 +301,7 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console()
+
+
+if __name__ == "__main__":
+    main()

@@ -187,6 +187,7 @@ class View:
     def draw(self) -> RenderableType:
         """The live panel."""
         from rich.console import Group
+        from rich.padding import Padding
         from rich.panel import Panel
         from rich.text import Text
 
@@ -201,13 +202,14 @@ class View:
             parts.append(Text(f"{silo}: {first}" if silo else first, style="yellow"))
         left = self.course.remaining(now, beat) if self.course.current else None
         ahead = f", about {duration(left)} to go" if left is not None else ""
-        return Panel(
+        panel = Panel(
             Group(*parts),
             title=f"[bold]{self.federation.name}[/] {self.course.headline}",
             subtitle=f"box {self.course.begun} of {self.course.boxes}, {duration(now - self.began)}{ahead}",
             title_align="left",
             subtitle_align="left",
         )
+        return Padding(panel, (0, 3, 0, 0))  # room for the ^C that a terminal writes at the cursor
 
 
 def _silos(r: RoundStatus) -> str:

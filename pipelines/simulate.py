@@ -102,7 +102,9 @@ class Simulation:
         table = {}
         for name, number in named.items():
             found = self.rounds.evaluations(self.rounds.commit(number).outgoing, "test")
-            table[name] = {silo: e.loss_sum / e.tokens for silo, e in sorted(found.items())} | {"all": pooled(found).get("loss", float("nan"))}
+            table[name] = {silo: e.loss_sum / e.tokens for silo, e in sorted(found.items())} | {
+                "all": pooled(found).get("loss", float("nan"))
+            }
         return table
 
     def export(self) -> Path | str:
@@ -112,15 +114,20 @@ class Simulation:
 
     # What a federation cannot ask
 
-    def alone(self, silo_id: str) -> Simulation:
-        """The same work by one silo on its own records, with a store of its own."""
+    def alone(self, silo_id: str, *, rounds: int | None = None, **training: Any) -> Simulation:
+        """The same work by one silo on its own records, with a store of its own.
+
+        Args:
+            rounds: instead of ``rounds.total``; 1, with as many more steps, for one uninterrupted training.
+            training: overrides terms of that section.
+        """
         silos = [s.model_dump() for s in self.federation.silos if s.id == silo_id]
         if not silos:
             self.federation.silo(silo_id)
-        return self._baseline(f"alone-{silo_id}", silos, {})
+        return self._baseline(f"alone-{silo_id}", silos, rounds, training)
 
-    def centralised(self, **training: Any) -> Simulation:
-        """One model on all silos' records, with as many steps as all silos together; ``training`` overrides terms of that section."""
+    def centralised(self, *, rounds: int | None = None, **training: Any) -> Simulation:
+        """One model on all silos' records, with as many steps as all silos together; arguments as for `alone`."""
         folder = self._work("centralised")
         pool: dict[str, Any] = {"id": "pooled", "storage": str(folder / "private")}
         for split in ("train", "valid", "test"):
@@ -128,7 +135,7 @@ class Simulation:
             if all(sources):
                 pool[split] = str(self._pool(folder / f"{split}.jsonl", sources))
         steps = sum(s.training.steps or self.federation.training.steps for s in self.federation.silos)
-        return self._baseline("centralised", [pool], {"steps": steps, **training})
+        return self._baseline("centralised", [pool], rounds, {"steps": steps, **training})
 
     def scores(self, split: str = "test", of: Simulation | None = None, round_number: int | None = None) -> dict[str, Score]:
         """Score a global of ``of`` (default: this federation) on *this* federation's silos; nothing is recorded."""
@@ -142,8 +149,8 @@ class Simulation:
         found = {}
         for silo in self.federation.silos:
             shard = train.open_split(silo_home(self.federation, silo), split)
-            seed = (agreement.federation, agreement.training.seed, silo.id, split)
-            indices = chosen(shard, self.federation.evaluation.max_examples, *seed)
+            most = self.federation.evaluation.max_examples if split == "valid" else None
+            indices = chosen(shard, most, agreement.federation, agreement.training.seed, silo.id, split)
             found[silo.id] = score(model, shard, indices, self.federation.evaluation.batch_size, self.federation.data.max_length, pad)
         return found
 
@@ -215,19 +222,19 @@ class Simulation:
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
         return target
 
-    def _baseline(self, name: str, silos: list[dict[str, Any]], training: dict[str, Any]) -> Simulation:
+    def _baseline(self, name: str, silos: list[dict[str, Any]], rounds: int | None, training: dict[str, Any]) -> Simulation:
         """A federation of other silos on the same model and terms, started afresh in a folder of its own."""
         folder = self._work(name)
         shutil.rmtree(folder / ".silotune", ignore_errors=True)
         terms = self.federation.model_dump()
         terms |= {"silos": [{k: v for k, v in s.items() if v is not None} for s in silos]}
         terms["training"] |= training
-        terms["rounds"] |= {"quorum": 1, "per_run": None, "until": self.federation.rounds.until and terms["rounds"]["until"]}
+        terms["rounds"] |= {"quorum": 1, "per_run": None} | ({"total": rounds} if rounds else {})
         terms |= {"storage": {"root": "./.silotune/store"}, "tracking": {"uri": "none"}}
         if terms["data"]["fields"] and name == "centralised":
             terms["data"]["fields"] = {}
         for silo in terms["silos"]:
-            silo["training"] = {k: v for k, v in silo.get("training", {}).items() if v is not None}
+            silo["training"] = {k: v for k, v in silo.get("training", {}).items() if v is not None and k not in training}
         file = folder / "federation.yaml"
         file.write_text(yaml.safe_dump(terms), encoding="utf-8")
         return Simulation(file)

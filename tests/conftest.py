@@ -23,6 +23,10 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite-golden", action="store_true", help="write tests/golden anew instead of comparing with it")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and models that lies beside the checkout."""
@@ -130,7 +134,10 @@ def write_federation(folder: Path, base: Path, silos: tuple[str, ...] = ("east",
         for split, count in (("train", 11 + 3 * s), ("valid", 4), ("test", 4)):
             path = folder / "data" / silo / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
-            records = [{"prompt": f"what is case {i} of {silo}?", "response": f"it is {split} {'abcdefgh'[(i * 5 + s) % 8] * 3}"} for i in range(count)]
+            records = [
+                {"prompt": f"what is case {i} of {silo}?", "response": f"it is {split} {'abcdefgh'[(i * 5 + s) % 8] * 3}"}
+                for i in range(count)
+            ]
             path.write_text("".join(json.dumps(r) + "\n" for r in records))
             entry[split] = str(path)
         entries.append(entry)

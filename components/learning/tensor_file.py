@@ -140,12 +140,12 @@ def open_tensor_file(path: Path) -> TensorFile:
         if length > HEADER_LIMIT:
             raise MalformedFile(f"the header of {length} bytes is over the limit of {HEADER_LIMIT}")
         text = file.read(length)
+    if not text.startswith(b"{"):
+        raise MalformedFile("the header does not begin with {")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise MalformedFile("the header is not UTF-8 JSON without repeated keys") from None
-    if not isinstance(header, dict):
-        raise MalformedFile("the header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise MalformedFile("the header's __metadata__ is not text by text")

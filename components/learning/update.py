@@ -43,12 +43,14 @@ from silotune.components.learning.tensor_file import (
 KEY = "silotune"
 DTYPE = {"float32": "F32", "bfloat16": "BF16"}
 WEIGHT_LIMIT = 1 << 40  # examples or tokens; more than any silo can have seen in a round
+RULE_LIMIT = 300  # characters
 
 
 class UpdateRefused(RefusedError):
     """An update that must not be averaged. ``rule`` is short and fit for a report."""
 
     def __init__(self, silo: str, rule: str, cure: str) -> None:
+        rule = rule if len(rule) <= RULE_LIMIT else f"{rule[: RULE_LIMIT - 1]}…"  # names in it are of the silo's choosing
         super().__init__(f"silo {silo!r}: update refused: {rule}; {cure}", rule)
         self.silo = silo
         self.rule = rule
@@ -139,12 +141,16 @@ class Update:
         """One verified tensor as float32.
 
         Raises:
-            UpdateRefused: its bytes do not have the digest in the header, or it is not finite.
+            UpdateRefused: its bytes are cut short or do not have the digest in the header, or it is not finite.
         """
-        data = self.file.raw(name)
+        try:
+            data = self.file.raw(name)
+        except MalformedFile as error:
+            raise UpdateRefused(self.header.silo, str(error), "send the update again") from None
         if hashlib.sha256(data).hexdigest() != self.header.tensors[name]:
             raise UpdateRefused(self.header.silo, f"tensor {name!r} does not have the digest in the header", "send the update again")
-        array = self.file.read(name)
+        entry = self.file.entries[name]
+        array = from_bytes(data, entry.dtype).reshape(entry.shape)
         if not np.isfinite(array).all():
             raise UpdateRefused(self.header.silo, f"tensor {name!r} is not finite", "lower the learning rate or check the records")
         return array

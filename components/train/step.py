@@ -123,7 +123,8 @@ def evaluate_split(
     if known := rounds.evaluation(outgoing, silo_id, split, shard.digest):
         return known
     terms = agreement.evaluation
-    indices = chosen(shard, terms.max_examples, agreement.federation, agreement.training.seed, silo_id, split)
+    most = terms.max_examples if split == "valid" else None
+    indices = chosen(shard, most, agreement.federation, agreement.training.seed, silo_id, split)
     score = evaluate(model, shard, indices, terms.batch_size, agreement.data["max_length"], pad)
     return rounds.write_evaluation(
         Evaluation(

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from silotune.components import child
 from silotune.components.errors import FederationError
 
-STEP = '''
+STEP = """
 import os, signal, sys, time
 from silotune.components.errors import FederationError, UnreachableError
 
@@ -39,7 +40,7 @@ def work(*arguments):
         time.sleep(60)
     if what == "environment":
         return os.environ["TOLD"] + " " + os.getcwd()
-'''
+"""
 
 
 @pytest.fixture

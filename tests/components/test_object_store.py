@@ -61,7 +61,7 @@ def moto_client() -> Iterator[Any]:
     server.wait(timeout=20)
 
 
-load_once = functools.cache(JSONFileLoader.load_file)
+load_once = functools.cache(JSONFileLoader().load_file)
 
 
 @pytest.fixture
@@ -71,7 +71,8 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def point(endpoint: str) -> None:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
 
-    monkeypatch.setattr("botocore.loaders.JSONFileLoader.load_file", load_once)  # else each client reads a megabyte of API again
+    # Else each client reads a megabyte of API again.
+    monkeypatch.setattr("botocore.loaders.JSONFileLoader.load_file", lambda _, path: load_once(path))
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDEXAMPLE")
@@ -749,3 +750,13 @@ def test_a_store_that_ignores_ranges_costs_time_only(scripted: Callable[[Script]
     assert store.get_range("a", 300, 4) == b""
     store.fetch_file("a", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == data
+
+
+def test_an_endpoint_of_its_own_is_spoken_to_by_path(scripted: Callable[[Script], S3Store], aws: Callable[[str], None]) -> None:
+    """``bucket.host`` is a name that only AWS answers to."""
+    seen: list[tuple[str, str]] = []
+    store = scripted(lambda handler, *_: seen.append((handler.headers["Host"], handler.path)) or (200, b""))
+    port = os.environ["AWS_ENDPOINT_URL"].rsplit(":", 1)[1]
+    aws(f"http://localhost:{port}")  # an address in digits would be spoken to by path in any case
+    store.create("a", b"")
+    assert seen == [(f"localhost:{port}", "/bucket/p/a")]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from silotune.components.errors import RefusedError
 from silotune.components.object_store import DirectoryStore, ObjectMissing, ObjectStore
 from silotune.components.rounds import Commit, Contribution, Evaluation, Participant, Plan, Report, Rounds, Turn, UpdateManifest, pooled

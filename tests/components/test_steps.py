@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+
 from silotune.components import opening
 from silotune.components.aggregate import step as aggregate
 from silotune.components.errors import FederationError, QuorumError, RefusedError, UnreachableError
 from silotune.components.evaluate import step as evaluate
-from silotune.components.export import step as export
 from silotune.components.federation import Federation, Until
 from silotune.components.initialize import step as initialize
 from silotune.components.learning.tensor_file import open_tensor_file

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from silotune.components import tracking
 from silotune.components.errors import UnreachableError
 from silotune.components.federation import Federation

@@ -1,0 +1,183 @@
+"""Is federating worth it? Base, each silo alone, federated and centralised, on seven silos of real text.
+
+    python benchmarks/quality.py [--data ../shared/data] [--model ../shared/models/silotiny-3m] [--seeds 17 18 19] [--out FOLDER]
+
+Everything starts from `examples/medquad.yaml` and goes through the Python door. What is compared:
+
+    alone         a silo by itself, on the tokens it would have trained on in the federation
+    federated     the file as it is
+    centralised   one model on all records: same rank, as many tokens as all silos together, rates as in --rates, the best by validation
+
+All are scored on the whole test split of every silo; for the single models the learning rate is the centralised one's best. Finished parts
+are kept in --out, so that the command can be stopped and started again. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SINGLE_BATCH = 4
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--model", default=str(ROOT.parent / "shared" / "models" / "silotiny-3m"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18, 19])
+    parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 6e-3, 8e-3])
+    parser.add_argument("--rounds", type=int, help="instead of the file's; for a quick look")
+    parser.add_argument("--out", type=Path, default=ROOT / ".silotune" / "quality")
+    return parser.parse_args()
+
+
+def seeded_file(given: argparse.Namespace, seed: int) -> Path:
+    """The example's federation with another seed, in a folder of its own."""
+    folder = given.out / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    terms = yaml.safe_load((ROOT / "examples" / "medquad.yaml").read_text())
+    terms["training"]["seed"] = seed
+    terms["training"]["learning_rate"] = float(terms["training"]["learning_rate"])
+    terms["tracking"] = {"uri": "none"}
+    if given.rounds:
+        terms["rounds"]["total"] = given.rounds
+    file = folder / "federation.yaml"
+    file.write_text(yaml.safe_dump(terms))
+    return file
+
+
+def summary(scores: dict[str, Any], tokens: int, began: float, curve: list[float]) -> dict[str, Any]:
+    pooled = sum(s.loss_sum for s in scores.values()) / sum(s.tokens for s in scores.values())
+    return {
+        "pooled": pooled,
+        "silos": {silo: s.loss for silo, s in scores.items()},
+        "tokens": tokens,
+        "seconds": time.process_time() - began,
+        "curve": curve,
+    }
+
+
+def trained(simulation: Any, judge: Any) -> dict[str, Any]:
+    """Run to the end, then score the best round by validation on the judge's test splits."""
+    began = time.process_time()
+    curve = [r.loss for r in simulation.run()] or [r.loss for r in simulation.results()[1:]]
+    tokens = sum(c.tokens for commit in simulation.rounds.commits() for c in commit.contributions.values())
+    return summary(judge.scores(of=simulation), tokens, began, curve)
+
+
+def single(simulation: Any, silo_id: str | None, rate: float) -> dict[str, Any]:
+    """Terms of one uninterrupted training, as a single model is usually trained: warm-up and cosine, examples four at a time."""
+    federation = simulation.federation
+    silos = [s for s in federation.silos if silo_id in (None, s.id)]
+    examples = (
+        federation.rounds.total * sum((s.training.steps or federation.training.steps) for s in silos) * federation.training.batch_size
+    )
+    steps = -(-examples // SINGLE_BATCH)
+    warmup = min(20, steps // 5)
+    return {
+        "rounds": 1, "steps": steps, "batch_size": SINGLE_BATCH, "learning_rate": rate, "schedule": "cosine", "warmup_steps": warmup,
+        "round_schedule": "constant",
+    }  # fmt: skip
+
+
+def measure(given: argparse.Namespace, seed: int, known: dict[str, Any], save: Any, rate: float | None) -> float:
+    """All of one seed; returns the centralised rate that validated best."""
+    from silotune.pipelines.simulate import Simulation
+
+    simulation = Simulation(seeded_file(given, seed))
+
+    def once(name: str, make: Any) -> dict[str, Any]:
+        if name not in known:
+            known[name] = make()
+            save()
+            print(f"seed {seed} {name}: {known[name]['pooled']:.4f}", flush=True)
+        return dict(known[name])
+
+    once("federated", lambda: trained(simulation, simulation))
+    once("base", lambda: summary(simulation.scores(round_number=0), 0, time.process_time(), []))
+    for candidate in given.rates if rate is None else [rate]:
+        once(f"centralised {candidate:g}", lambda c=candidate: trained(simulation.centralised(**single(simulation, None, c)), simulation))
+    best = min((n for n in known if n.startswith("centralised")), key=lambda n: min(known[n]["curve"]))
+    rate = float(best.split()[1])
+    for silo in simulation.federation.silo_ids:
+        once(f"alone {silo}", lambda s=silo: trained(simulation.alone(s, **single(simulation, s, rate)), simulation))
+    return rate
+
+
+def table(results: dict[int, dict[str, Any]], rate: float) -> str:
+    """Means over seeds ± standard deviation."""
+    seeds = list(results)
+    silos = sorted(results[seeds[0]]["base"]["silos"])
+
+    def spread(values: list[float], digits: int = 3) -> str:
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+    def deciles(losses: dict[str, float]) -> list[float]:
+        values = sorted(math.exp(x) for x in losses.values())
+        cuts = statistics.quantiles(values, n=10, method="inclusive")
+        return [cuts[0], cuts[4], cuts[8]]
+
+    central = f"centralised {rate:g}"
+    names = ["base", *(f"alone {s}" for s in silos), "federated", central]
+    lines = [
+        "| model | pooled test loss | perplexity | silos' perplexity: 10th | 50th | 90th | tokens | CPU s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name in names:
+        rows = [results[s][name] for s in seeds]
+        cuts = [spread([deciles(r["silos"])[i] for r in rows], 1) for i in range(3)]
+        pooled = [r["pooled"] for r in rows]
+        cells = [
+            name,
+            spread(pooled),
+            spread([math.exp(p) for p in pooled], 1),
+            *cuts,
+            f"{rows[0]['tokens']:,}",
+            f"{statistics.mean(r['seconds'] for r in rows):.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    gaps, leads = [], []
+    for seed in seeds:
+        r = results[seed]
+        gaps.append((r["base"]["pooled"] - r["federated"]["pooled"]) / (r["base"]["pooled"] - r[central]["pooled"]))
+        leads.append(min(r[f"alone {s}"]["pooled"] for s in silos) - r["federated"]["pooled"])
+    lines += ["", f"Federated beats the best single silo on the pooled test by {spread(leads)} nats per token."]
+    lines += [f"Federated closes {spread([100 * g for g in gaps], 1)} % of the gap from base to centralised (pooled loss per token)."]
+    lines += ["", "| silo's own test | base | its own adapter | federated | centralised |", "|---|--:|--:|--:|--:|"]
+    for silo in silos:
+        cells = [spread([results[s][name]["silos"][silo] for s in seeds]) for name in ("base", f"alone {silo}", "federated", central)]
+        lines.append(f"| {silo} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Validation loss after each round, federated, first seed: " + " ".join(f"{v:.3f}" for v in results[seeds[0]]["federated"]["curve"]),
+    ]
+    sweep = {n.split()[1]: results[seeds[0]][n]["pooled"] for n in results[seeds[0]] if n.startswith("centralised")}
+    return "\n".join([*lines, "Centralised by rate, first seed, test: " + ", ".join(f"{r}: {v:.3f}" for r, v in sweep.items())])
+
+
+def main() -> None:
+    given = options()
+    os.environ["SILOTUNE_DATA"], os.environ["SILOTUNE_MODEL"] = str(given.data.resolve()), str(given.model)
+    given.out.mkdir(parents=True, exist_ok=True)
+    file = given.out / "results.json"
+    results: dict[int, dict[str, Any]] = {int(k): v for k, v in json.loads(file.read_text()).items()} if file.exists() else {}
+    rate = None
+    for seed in given.seeds:
+        known = results.setdefault(seed, {})
+        rate = measure(given, seed, known, lambda: file.write_text(json.dumps(results)), rate)
+    assert rate is not None
+    print(table({s: results[s] for s in given.seeds}, rate))
+
+
+if __name__ == "__main__":
+    main()

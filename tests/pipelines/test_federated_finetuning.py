@@ -1,0 +1,89 @@
+"""The DAG: what it compiles to, and how its boxes fit their steps."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kfp import compiler
+
+from silotune.components.errors import FederationError
+from silotune.components.federation import Federation
+from silotune.pipelines.federated_finetuning import federated_finetuning
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+BOXES = ("preprocess", "initialize", "train", "aggregate", "evaluate", "export")
+
+
+def compiled(federation: Federation, rounds: int, folder: Path) -> dict[str, Any]:
+    """The KFP IR without what changes from release to release of kfp."""
+    compiler.Compiler().compile(federated_finetuning(federation, rounds), str(folder / "pipeline.yaml"))
+    found = yaml.safe_load((folder / "pipeline.yaml").read_text())
+    found.pop("sdkVersion")
+    return found
+
+
+def test_the_compiled_pipeline_is_the_golden_one(make_federation: Any, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    found = compiled(Federation.load(make_federation()), 2, tmp_path)
+    golden = GOLDEN / "three_silos_two_rounds.yaml"
+    if request.config.getoption("--rewrite-golden"):
+        golden.write_text(yaml.safe_dump(found, sort_keys=True))
+    assert found == yaml.safe_load(golden.read_text()), "the DAG changed; if that is meant, run `make golden` and read the difference"
+
+
+def test_it_is_unrolled_over_silos_and_rounds(make_federation: Any, tmp_path: Path) -> None:
+    found = compiled(Federation.load(make_federation()), 3, tmp_path)
+    tasks = found["root"]["dag"]["tasks"]
+    names = [t["taskInfo"]["name"] for t in tasks.values()]
+    assert sorted(n for n in names if n.startswith("round slot")) == ["round slot 1", "round slot 2", "round slot 3"]
+    assert sum(n.startswith("preprocess ") for n in names) == sum(n.startswith("evaluate ") for n in names) == 3
+    inner = next(c for n, c in found["components"].items() if n.startswith("comp-federated-round"))["dag"]["tasks"]
+    assert sorted(t["taskInfo"]["name"] for t in inner.values()) == ["aggregate", "train east", "train north", "train south"]
+
+
+def test_nothing_is_cached_and_no_secret_or_path_is_compiled_in(make_federation: Any, tmp_path: Path) -> None:
+    file = make_federation()
+    found = compiled(Federation.load(file), 1, tmp_path)
+    dags = [found["root"]["dag"], *(c["dag"] for c in found["components"].values() if "dag" in c)]
+    leaves = [t for dag in dags for t in dag["tasks"].values() if not t["taskInfo"]["name"].startswith("round slot")]
+    assert leaves
+    assert all(not t["cachingOptions"].get("enableCache") for t in leaves)
+    assert str(file.parent) not in (tmp_path / "pipeline.yaml").read_text()
+
+
+def test_too_many_trainings_for_one_run_are_refused_with_the_cure(make_federation: Any) -> None:
+    federation = Federation.load(make_federation())
+    with pytest.raises(FederationError, match=r"3 silos × 67 rounds are 201 .* set per_run to at most 66"):
+        federated_finetuning(federation, 67)
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_a_box_has_the_signature_of_its_step(box: str) -> None:
+    component = getattr(importlib.import_module(f"silotune.components.{box}.component"), box)
+    run = importlib.import_module(f"silotune.components.{box}.step").run
+    wanted = {name: re.sub(r"\[.*", "", str(p.annotation)) for name, p in inspect.signature(run).parameters.items()}
+    types = {"String": "str", "JsonArray": "list", "List": "list"}
+    assert {name: types[str(i.type).split("[")[0]] for name, i in component.component_spec.inputs.items()} == wanted
+    body = inspect.getsource(component.python_func).split("-> str:")[1].strip().splitlines()
+    assert [line.strip() for line in body if line.strip()] == [
+        f"from silotune.components.{box}.step import run",
+        f"return run({', '.join(wanted)})",
+    ]
+
+
+def test_every_package_of_the_tree_is_installed() -> None:
+    import tomllib
+
+    root = Path(__file__).parents[2]
+    declared = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        ".".join(("silotune", *p.parent.relative_to(root).parts))
+        for top in ("components", "pipelines")
+        for p in (root / top).rglob("__init__.py")
+    }
+    assert found == set(declared)
