@@ -61,13 +61,11 @@ def call(box: str, *arguments: str, log: Path | None = None) -> str:
         SilotuneError: what ``work`` raised, of the same exit code and message.
         ChildDied: no result came.
     """
-    with tempfile.TemporaryDirectory(prefix="silotune-") as folder:
+    with tempfile.TemporaryDirectory(prefix="silotune-", dir=os.environ.get(RUN_VARIABLE)) as folder:
         result = Path(folder) / "result.json"
         request = {"box": box, "arguments": list(arguments), "result": str(result), "log": str(log) if log else None}
-        if warm := os.environ.get(WARM_VARIABLE):
-            how = _fork(warm, request)
-        else:
-            how = _start(request)
+        warm = os.environ.get(WARM_VARIABLE)
+        how = _fork(warm, request) if warm else _start(request)
         if not result.exists():
             raise ChildDied(f"{box}: ended without a result ({how}); killed, or out of memory", how)
         found = json.loads(result.read_text())

@@ -36,6 +36,7 @@ from silotune.components.federation import Agreement, Federation, Section, canon
 from silotune.components.object_store import ObjectMissing, ObjectStore, open_store
 
 Status = Literal["ok", "failed", "refused", "late"]
+Split = Literal["valid", "test"]
 R = TypeVar("R", bound="Record")
 
 
@@ -175,7 +176,7 @@ class Evaluation(Record):
 
     outgoing: str = Field(description="Digest of the global model.")
     silo: str
-    split: Literal["valid", "test"]
+    split: Split
     split_digest: str
     examples: int
     tokens: int = Field(ge=1)

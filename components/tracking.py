@@ -137,6 +137,8 @@ def _speaking(federation: Federation) -> Iterator[Any]:
         yield client
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:300]
+        if "Max retries exceeded" in reason or "Connection refused" in reason:
+            reason = "no answer from the server"
         raise UnreachableError(
             f"tracking.uri {uri!r}: MLflow cannot be used: {reason}; start it or correct the address, then `silotune sync` catches up",
             "tracking unreachable",

@@ -18,6 +18,7 @@ import select
 import signal
 import socket
 import sys
+from typing import Any
 
 from silotune.components.child import die_with, execute
 
@@ -52,7 +53,8 @@ def serve(address: str, lifeline: int) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     callers: dict[int, socket.socket] = {}
     while True:
-        ready = select.select([listener, woken, lifeline], [], [])[0]
+        watched: list[Any] = [listener, woken, lifeline]
+        ready = select.select(watched, [], [])[0]
         if lifeline in ready and not os.read(lifeline, 1):
             return
         if woken in ready:

@@ -105,7 +105,7 @@ def _commit(federation: Federation, rounds: Rounds, latest: Commit, turn: Turn, 
             bytes_down=len(contributions) * rounds.object_size(plan.incoming),
             started=attempts[0].at if attempts else time.time(),
             at=time.time(),
-        )  # fmt: skip
+        )
     )
 
 

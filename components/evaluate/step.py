@@ -11,7 +11,7 @@ import sys
 
 from silotune.components import base_model, opening, silo_job
 from silotune.components.federation import Federation
-from silotune.components.rounds import Rounds
+from silotune.components.rounds import Rounds, Split
 from silotune.components.silo_job import silo_home, status_text
 from silotune.components.train.step import check_terms, evaluate_split, open_split
 
@@ -34,7 +34,7 @@ def work(federation_file: str, silo_id: str, turn: str) -> str:
     best = opening.best_round(rounds)
     tested = {rounds.commit(0).outgoing, rounds.commit(best).outgoing, latest.outgoing} if silo.test else set()
     shards = {"valid": open_split(home, "valid")} | ({"test": open_split(home, "test")} if silo.test else {})
-    wanted = [("valid", latest.outgoing), *(("test", g) for g in sorted(tested))]
+    wanted: list[tuple[Split, str]] = [("valid", latest.outgoing), *(("test", g) for g in sorted(tested))]
     wanted = [(split, g) for split, g in wanted if rounds.evaluation(g, silo_id, split, shards[split].digest) is None]
     if not wanted:
         return status_text(silo_id, "ok")

@@ -90,7 +90,7 @@ def _made(folder: Path) -> Path:
 def _require_same_federation(federation: Federation, rounds: Rounds, latest: Commit, agreement: Agreement) -> None:
     if odd := rounds.agreement(latest.agreement).forbids(agreement):
         raise FederationError(
-            f"federation {federation.name!r} has {latest.round} rounds on other terms: {', '.join(odd)} changed, which makes a new federation; "
+            f"federation {federation.name!r} stands at round {latest.round} on other terms: {', '.join(odd)} changed, which makes a new federation; "
             f"undo the change, or give a new name or storage.root"
         )
 

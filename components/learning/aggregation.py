@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from silotune.components.errors import SilotuneError
 from silotune.components.learning.tensor_file import TensorFile, to_bytes, write_tensor_file
 from silotune.components.learning.update import Update
 
@@ -33,6 +34,7 @@ def weighted_mean(incoming: TensorFile, updates: Mapping[str, Update], weights: 
 
     Raises:
         UpdateRefused: a tensor of an update is corrupt or not finite; nothing was written.
+        SilotuneError: the mean overflows float32; nothing was written.
     """
 
     def tensors() -> Iterator[tuple[str, bytes]]:
@@ -40,6 +42,11 @@ def weighted_mean(incoming: TensorFile, updates: Mapping[str, Update], weights: 
             total = incoming.read(name).astype(np.float64)
             for silo in sorted(updates):
                 total += weights[silo] * updates[silo].tensor(name).astype(np.float64)
-            yield name, to_bytes(total.astype(np.float32), "F32")
+            mean = total.astype(np.float32)
+            if not np.isfinite(mean).all():
+                raise SilotuneError(
+                    f"tensor {name!r}: the mean of the updates is not finite; lower training.learning_rate", "non-finite mean"
+                )
+            yield name, to_bytes(mean, "F32")
 
     write_tensor_file(out, {n: e.shape for n, e in incoming.entries.items()}, "F32", tensors(), {"format": "pt"})

@@ -71,8 +71,8 @@ class Batch:
     tokens: int  # how many targets
 
     def to(self, device: torch.device) -> Batch:
-        moved = (x.to(device) for x in (self.input_ids, self.targets, self.position_ids, self.attention_mask))
-        return Batch(*moved, tokens=self.tokens)
+        ids, targets, positions, mask = (x.to(device) for x in (self.input_ids, self.targets, self.position_ids, self.attention_mask))
+        return Batch(ids, targets, positions, mask, self.tokens)
 
 
 def collate(shard: Shard, rows: list[list[int]], pad: int) -> Batch:

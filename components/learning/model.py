@@ -60,7 +60,7 @@ def load_base(folder: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
@@ -74,6 +74,7 @@ def load_base(folder: Path, dtype: str) -> Any:
         raise FederationError(
             f"model.base {str(folder)!r}: not a causal language model in safetensors that transformers can load: {reason}"
         ) from None
+    model, loaded = found
     # transformers would fill these with random numbers, other ones in every silo.
     absent = sorted({*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])})
     if absent:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
-from silotune.components.errors import RefusedError
+from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.federation import Section, canonical_json
 from silotune.components.learning.tensor_file import (
     WIDTH,
@@ -113,14 +113,16 @@ def write_update(path: Path, header: Header, tensors: Mapping[str, np.ndarray]) 
         tensors: float32 differences by name.
 
     Raises:
-        ValueError: a tensor is not finite, or no longer so in the codec's number format.
+        SilotuneError: a tensor is not finite, or no longer so in the codec's number format.
     """
     dtype = DTYPE[header.codec.name]
     digests, squares = {}, 0.0
     for name, array in sorted(tensors.items()):
         data = to_bytes(array, dtype)
         if not np.isfinite(from_bytes(data, dtype)).all():
-            raise ValueError(f"tensor {name!r} is not finite in {dtype}")
+            raise SilotuneError(
+                f"tensor {name!r} of the update is not finite in {dtype}; lower training.learning_rate", "non-finite update"
+            )
         digests[name] = hashlib.sha256(data).hexdigest()
         squares += float(np.square(array, dtype=np.float64).sum())
     header = header.model_copy(update={"tensors": digests, "norm": math.sqrt(squares)})
@@ -204,8 +206,7 @@ def open_update(path: Path, expected: Expectation) -> Update:
     return Update(header, file)
 
 
-def _check_tensors(file: TensorFile, header: Header, expected: Expectation, refuse: type[UpdateRefused] | object) -> None:
-    assert callable(refuse)
+def _check_tensors(file: TensorFile, header: Header, expected: Expectation, refuse: Callable[[str, str], UpdateRefused]) -> None:
     matching = len(file.entries.keys() & expected.schema.keys())
     cure = "its base model or LoRA targets differ from the federation's; compare the two"
     if missing := sorted(expected.schema.keys() - file.entries.keys()):

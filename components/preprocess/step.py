@@ -33,6 +33,7 @@ def work(federation_file: str, silo_id: str) -> str:
     federation = Federation.load(federation_file)
     silo = federation.silo(silo_id)
     home = silo_home(federation, silo)
+    (home / "data.json").unlink(missing_ok=True)  # if this fails, no later box may work on what was there before
     base = base_model.resolve(federation.model.base, home / "base")
     index = {}
     for split, source, part in _sources(silo):

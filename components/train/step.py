@@ -14,7 +14,7 @@ from silotune.components import base_model, silo_job
 from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Agreement, Federation
 from silotune.components.progress import Pulse
-from silotune.components.rounds import Evaluation, Plan, Report, Rounds, Turn, UpdateManifest
+from silotune.components.rounds import Evaluation, Plan, Report, Rounds, Split, Turn, UpdateManifest
 from silotune.components.silo_job import silo_home, status_text
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def work(federation_file: str, silo_id: str, turn_text: str) -> str:
     plan = rounds.plan(turn.round)
     if plan is None or silo_id not in plan.participants:
         raise RefusedError(f"silo {silo_id!r}: round {turn.round} does not ask it; wait for a plan that does", "not a participant")
+    for attempt in rounds.attempts(turn.round):
+        if attempt.attempt == turn.attempt and silo_id in attempt.missing:
+            raise RefusedError(f"silo {silo_id!r}: was not ready when this attempt began; run again once it is", attempt.missing[silo_id])
     if rounds.update(turn.round, silo_id) is None:
         agreement = rounds.agreement(plan.agreement)
         manifest = _train(federation, rounds, plan, agreement, silo_id, home)
@@ -115,7 +118,7 @@ def open_split(home: Path, split: str) -> Shard:
 
 
 def evaluate_split(
-    rounds: Rounds, agreement: Agreement, model: object, outgoing: str, shard: Shard, silo_id: str, split: str, pad: int
+    rounds: Rounds, agreement: Agreement, model: object, outgoing: str, shard: Shard, silo_id: str, split: Split, pad: int
 ) -> Evaluation:
     """Score a global model on one split, unless the store has that score."""
     from silotune.components.learning.evaluation import chosen, evaluate
@@ -137,7 +140,7 @@ def evaluate_split(
             loss_sum=score.loss_sum,
             correct=score.correct,
             at=time.time(),
-        )  # fmt: skip
+        )
     )
 
 

@@ -159,7 +159,8 @@ def response(case: Case) -> str:
     plan = SEVERITIES[case.severity].format(ward=case.speciality.ward)
     about = case.condition
     return (
-        f"{case.age}-year-old {case.patient}, {case.days} days. Diagnosis: {case.severity} {about.diagnosis}. "
+        f"{case.age}-year-old {case.patient}, {case.days} days: {about.complaint}, {about.finding}. "
+        f"Diagnosis: {case.severity} {about.diagnosis}. "
         f"Plan: {about.treatment}; {plan}. Advice: {about.advice}; {HISTORIES[case.history]}."
     )
 
@@ -201,11 +202,11 @@ def passage(rng: random.Random) -> str:
     history, steps = rng.choice(list(HISTORIES)), rng.choice(list(HISTORIES.values()))
     age, days = rng.randint(2, 90), rng.randint(2, 9)
     who = f"{age}-year-old {rng.choice(('boy', 'girl') if age < 16 else ('man', 'woman'))}"
-    asked, read = some("complaint"), some("treatment")
+    asked, seen, read = some("complaint"), some("finding"), some("treatment")
     sentences = [
         f"The library has a book about {some('diagnosis')} and a film about {some('treatment')}.",
         f"A leaflet on {read} hangs near the {ward}. The leaflet on {read} is new.",
-        f"Somebody asked about {asked}, and {days} days later again about {asked}.",
+        f"Somebody asked about {some('complaint')}, and {days} days later about {some('finding')}.",
         f"The picture shows {some('finding')}; the next one shows {some('finding')}.",
         f"A sign says: {some('advice')}; {some('advice')}.",
         f"The students learn the words {severity}, {history} and {some('diagnosis')}.",
@@ -217,7 +218,7 @@ def passage(rng: random.Random) -> str:
     ]
     told = " ".join(rng.sample(sentences, 2))
     specimen = f"Diagnosis: {severity} {some('diagnosis')}. Plan: {some('treatment')}; {plan}. Advice: {some('advice')}; {steps}."
-    return f"This {who} came {days} days ago. {told} Specimen: {who}, {days} days. {specimen}"
+    return f"This {who} tells of {asked} for {days} days and shows {seen}. {told} Specimen: {who}, {days} days: {asked}, {seen}. {specimen}"
 
 
 def main() -> None:

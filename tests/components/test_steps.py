@@ -86,6 +86,15 @@ def test_a_silo_whose_data_are_wrong_is_left_out_and_named(make_federation: Any)
     assert "response" in simulation.details["north"]
 
 
+def test_a_silo_whose_data_went_wrong_does_not_train_on_what_it_had(make_federation: Any) -> None:
+    file = make_federation()
+    list(Simulation(file).run(rounds=1))
+    (file.parent / "data" / "north" / "train.jsonl").write_text("[]\n")
+    (result,) = Simulation(file).run()
+    assert sorted(result.silos) == ["east", "south"]
+    assert result.missing["north"].startswith("failed: data or settings are wrong")
+
+
 def test_too_few_silos_with_data_is_an_error_of_the_federation(make_federation: Any) -> None:
     file = make_federation()
     for silo in ("north", "south"):
@@ -154,7 +163,7 @@ def test_another_base_needs_another_federation(make_federation: Any, tiny_gpt2: 
     file = make_federation()
     list(Simulation(file).run(rounds=1))
     edit(file, model={"base": str(tiny_gpt2), "lora": {"r": 2, "alpha": 4}})
-    with pytest.raises(FederationError, match="1 rounds on other terms: base changed, which makes a new federation"):
+    with pytest.raises(FederationError, match="at round 1 on other terms: base changed, which makes a new federation"):
         begin(file)
 
 

@@ -9,6 +9,7 @@ says which box made which write. Every write has three moments: before it, durin
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -83,7 +84,7 @@ def live(file: str) -> dict[str, Any]:
     commits = list(rounds.commits())
     return {
         "globals": [c.outgoing for c in commits],
-        "chained": all(c.previous == p.digest for p, c in zip(commits, commits[1:], strict=False)),
+        "chained": all(c.previous == p.digest for p, c in itertools.pairwise(commits)),
         "best": opening.best_round(rounds),
         "attempts": {c.round: len(rounds.attempts(c.round)) for c in commits if c.round},
     }
