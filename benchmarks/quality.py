@@ -19,6 +19,7 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -89,27 +90,30 @@ def single(simulation: Any, silo_id: str | None, rate: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(given: argparse.Namespace, seed: int, known: dict[str, Any], save: Any, rate: float | None) -> float:
-    """All of one seed; returns the centralised rate that validated best."""
+def measure(given: argparse.Namespace, results: dict[int, dict[str, Any]], save: Any) -> float:
+    """All parts of all seeds that are not there yet; returns the centralised rate that validated best with the first seed."""
     from silotune.pipelines.simulate import Simulation
 
-    simulation = Simulation(seeded_file(given, seed))
-
-    def once(name: str, make: Any) -> dict[str, Any]:
-        if name not in known:
-            known[name] = make()
+    def once(seed: int, name: str, make: Any) -> None:
+        if name not in results[seed]:
+            results[seed][name] = make()
             save()
-            print(f"seed {seed} {name}: {known[name]['pooled']:.4f}", flush=True)
-        return dict(known[name])
+            print(f"seed {seed} {name}: {results[seed][name]['pooled']:.4f}", file=sys.stderr, flush=True)
 
-    once("federated", lambda: trained(simulation, simulation))
-    once("base", lambda: summary(simulation.scores(round_number=0), 0, time.process_time(), []))
-    for candidate in given.rates if rate is None else [rate]:
-        once(f"centralised {candidate:g}", lambda c=candidate: trained(simulation.centralised(**single(simulation, None, c)), simulation))
-    best = min((n for n in known if n.startswith("centralised")), key=lambda n: min(known[n]["curve"]))
-    rate = float(best.split()[1])
-    for silo in simulation.federation.silo_ids:
-        once(f"alone {silo}", lambda s=silo: trained(simulation.alone(s, **single(simulation, s, rate)), simulation))
+    simulations = {seed: Simulation(seeded_file(given, seed)) for seed in given.seeds}
+    rate = None
+    for seed, simulation in simulations.items():
+        once(seed, "federated", lambda s=simulation: trained(s, s))
+        once(seed, "base", lambda s=simulation: summary(s.scores(round_number=0), 0, time.process_time(), []))
+        for candidate in given.rates if rate is None else [rate]:
+            name = f"centralised {candidate:g}"
+            once(seed, name, lambda s=simulation, c=candidate: trained(s.centralised(**single(s, None, c)), s))
+        swept = [f"centralised {candidate:g}" for candidate in given.rates]
+        rate = rate or float(min(swept, key=lambda n: results[seed][n]["curve"][-1]).split()[1])
+    for seed, simulation in simulations.items():
+        for silo in simulation.federation.silo_ids:
+            once(seed, f"alone {silo}", lambda s=simulation, silo=silo: trained(s.alone(silo, **single(s, silo, rate)), s))
+    assert rate
     return rate
 
 
@@ -170,13 +174,11 @@ def main() -> None:
     os.environ["SILOTUNE_DATA"], os.environ["SILOTUNE_MODEL"] = str(given.data.resolve()), str(given.model)
     given.out.mkdir(parents=True, exist_ok=True)
     file = given.out / "results.json"
-    results: dict[int, dict[str, Any]] = {int(k): v for k, v in json.loads(file.read_text()).items()} if file.exists() else {}
-    rate = None
-    for seed in given.seeds:
-        known = results.setdefault(seed, {})
-        rate = measure(given, seed, known, lambda: file.write_text(json.dumps(results)), rate)
-    assert rate is not None
-    print(table({s: results[s] for s in given.seeds}, rate))
+    results: dict[int, dict[str, Any]] = {seed: {} for seed in given.seeds}
+    if file.exists():
+        results |= {int(seed): known for seed, known in json.loads(file.read_text()).items()}
+    rate = measure(given, results, lambda: file.write_text(json.dumps(results)))
+    print(table({seed: results[seed] for seed in given.seeds}, rate))
 
 
 if __name__ == "__main__":

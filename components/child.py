@@ -109,6 +109,7 @@ def execute(request: dict[str, Any]) -> NoReturn:
         step = importlib.import_module(f"silotune.components.{request['box']}.step")
         result["output"] = step.work(*request["arguments"])
     except SilotuneError as error:
+        print(f"error: {error}", file=sys.stderr)
         result = {"exit_code": error.exit_code, "message": str(error), "reason": error.reason}
     except MemoryError:
         message = "out of memory; use a smaller batch, more accumulation or gradient checkpointing"

@@ -132,7 +132,7 @@ class Silo(Section):
     valid: str | None = Field(None, description="Steers the run (convergence, best round). Default: a seeded part of train.")
     test: str | None = Field(None, description="Read by the evaluate box only.")
     storage: str = Field(
-        "", description="The silo's own folder: token shards, logs, checkpoints, secrets. Default `.silotune-private/<id>`."
+        "", description="The silo's own folder: token shards, logs. Default `.silotune-private/<id>`."
     )
     training: SiloTraining = Field(default_factory=SiloTraining, description="Overrides for this silo.")
 

@@ -15,7 +15,7 @@ def require_quorum(federation: Federation, what: str, present: list[str], missin
 
     Raises:
         FederationError: if only data and settings are at fault, which trying again does not change.
-        UnreachableError: if the store is at fault for every missing silo.
+        UnreachableError: if the store or a full disk is at fault for every missing silo.
         QuorumError: otherwise.
     """
     if len(present) >= federation.quorum:
@@ -23,8 +23,12 @@ def require_quorum(federation: Federation, what: str, present: list[str], missin
     lines = [f"{what}, {federation.quorum} of {len(federation.silos)} silos must deliver, {len(present)} did:"]
     lines += [f"  {silo:<20} {why}" for silo, why in sorted(missing.items())]
     lines.append("run again to ask the missing silos only; what the others delivered is kept")
-    kinds: list[tuple[str, type[SilotuneError]]] = [("data or settings", FederationError), ("store unreachable", UnreachableError)]
-    kind = next((k for words, k in kinds if missing and all(words in why for why in missing.values())), QuorumError)
+    causes: list[tuple[tuple[str, ...], type[SilotuneError]]] = [
+        (("data or settings",), FederationError),
+        (("store unreachable", "disk full"), UnreachableError),
+    ]
+    whys = list(missing.values())
+    kind = next((k for words, k in causes if whys and all(any(w in why for w in words) for why in whys)), QuorumError)
     raise kind("\n".join(lines))
 
 

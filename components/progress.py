@@ -27,7 +27,8 @@ def tell(box: str, what: str, silo: str = "", **more: Any) -> None:
         with (Path(folder) / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     else:
-        print(" ".join(str(x) for x in (box, silo, what, *more.values()) if x != ""), flush=True)
+        shown = [v for k, v in more.items() if not (silo and k == "detail")]  # a silo's full message stays in its own log
+        print(" ".join(str(x) for x in (box, silo, what, *shown) if x != ""), flush=True)
 
 
 def read_events(folder: Path, offset: int) -> tuple[list[dict[str, Any]], int]:

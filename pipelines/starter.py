@@ -12,7 +12,7 @@ FILE = "federation.yaml"
 TEXT = """\
 # A silotune federation: who takes part, on what model, under which terms.
 #   silotune check federation.yaml --data     is it right, and can the records be read?
-#   silotune run federation.yaml              on this machine; the same file drives a Kubeflow cluster
+#   silotune run federation.yaml              on this machine
 #   silotune schema > federation.schema.json  every key there is, for your editor
 # Relative paths count from this file's folder. ${NAME} and ${NAME:-default} come from the environment. No secrets in here.
 # yaml-language-server: $schema=federation.schema.json
@@ -37,7 +37,7 @@ silos:                          # each keeps its records; only updates and losse
     train: ./data/north/train.jsonl       # jsonl, csv, parquet, a folder of .txt, or s3://
     valid: ./data/north/valid.jsonl       # steers the run; left out: a part of train is set aside
     test: ./data/north/test.jsonl         # optional; scored at the end only
-    # storage: /srv/silotune/north        # the silo's own folder: tokens, logs, checkpoints
+    # storage: /srv/silotune/north        # the silo's own folder: tokens, logs
   - id: south
     train: ./data/south/train.jsonl
 

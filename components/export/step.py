@@ -5,6 +5,7 @@ python -m silotune.components.export.step FEDERATION TURN
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import tempfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from silotune.components import base_model, child, opening, tracking
 from silotune.components.errors import RefusedError
-from silotune.components.federation import Agreement, Federation
+from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.progress import tell
 from silotune.components.rounds import Commit, Exported, Rounds, Turn, file_digest, perplexity, pooled
 from silotune.components.silo_job import parse_status
@@ -52,7 +53,6 @@ def _export_id(commit: Commit, federation: Federation) -> str:
 def _export(federation: Federation, rounds: Rounds, commit: Commit) -> Exported:
     agreement = rounds.agreement(commit.agreement)
     base = base_model.resolve(federation.model.base, federation.work / "base")
-    prefix = rounds.key("exports", _export_id(commit, federation)[:24].rstrip("-"))
     with tempfile.TemporaryDirectory(dir=federation.work) as name:
         folder = Path(name)
         incoming = rounds.fetch_object(commit.outgoing, folder / ".global.safetensors")
@@ -61,9 +61,11 @@ def _export(federation: Federation, rounds: Rounds, commit: Commit) -> Exported:
         save_model(federation, agreement, base, incoming, out)
         (out / "README.md").write_text(card(federation, rounds, commit, base), encoding="utf-8")
         files = {str(p.relative_to(out)): p for p in sorted(out.rglob("*")) if p.is_file()}
+        digests = {relative: file_digest(path) for relative, path in files.items()}
+        # Named by its content, as all that is stored: an export that was cut short and then came out otherwise never mixes with this one.
+        prefix = rounds.key("exports", f"{commit.digest[:16]}-{hashlib.sha256(canonical_json(digests)).hexdigest()[:16]}")
         for relative, path in files.items():
             rounds.store.put_file(f"{prefix}/{relative}", path)
-        digests = {relative: file_digest(path) for relative, path in files.items()}
     return rounds.write_export(
         Exported(
             commit=_export_id(commit, federation),

@@ -216,7 +216,7 @@ def passage(rng: random.Random) -> str:
         f"The nurse noted the weather: {rng.choice(('green hills', 'red sky', 'amber light', 'rain'))} for {days} days.",
         f"The visitor looks {rng.choice(('comfortable', 'uneasy', 'very unwell', 'at the clock'))} and reports no past history.",
     ]
-    told = " ".join(rng.sample(sentences, 2))
+    told = " ".join(rng.sample(sentences, 1))
     specimen = f"Diagnosis: {severity} {some('diagnosis')}. Plan: {some('treatment')}; {plan}. Advice: {some('advice')}; {steps}."
     return f"This {who} tells of {asked} for {days} days and shows {seen}. {told} Specimen: {who}, {days} days: {asked}, {seen}. {specimen}"
 

@@ -1,0 +1,205 @@
+"""docs/federation.md from the models of components/federation.py, so that it cannot say anything else than they do.
+
+python docs/reference.py
+
+What kind of edit a key is, is tried out and not written down: a small federation is changed in that key alone, and the two agreements are
+compared as `silotune check` compares them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from silotune.components.federation import Federation, json_schema
+
+FILE = Path(__file__).with_name("federation.md")
+
+HEAD = """\
+<!-- Written by `make docs` from components/federation.py; edits here are lost. -->
+
+# The federation file
+
+One YAML file says who takes part, on what model, under which terms. `silotune new DIR` writes one to start from,
+`silotune check FILE` tells everything that is wrong with one, and `silotune schema` prints its JSON Schema for your editor.
+
+```yaml
+name: clinics
+model:
+  base: ./models/base
+  lora: {r: 8, target_modules: [q_proj, v_proj]}
+silos:
+  - id: north
+    train: ./data/north/train.jsonl
+  - id: south
+    train: ./data/south/train.jsonl
+```
+
+That is a whole file: everything else has a default.
+
+- Unknown keys are errors. All errors are told together, each with its place in the file.
+- Relative paths count from the file's folder. They are those of the machine that uses them: a silo's paths are read in the silo.
+- `${NAME}` and `${NAME:-default}` are taken from the environment, in `model.base`, `storage.root`, `tracking.uri` and a silo's paths.
+- Secrets do not stand in the file. Credentials come from the environment; a user and password in an address are refused.
+- Silo ids are unique, every silo has a `storage` of its own, and `rounds.quorum` is at most the number of silos.
+
+## Three kinds of edit
+
+The silos agree on a part of the file. Its digest, together with the contents of the base model and of its tokenizer, names the
+agreement in every round. What an edit means follows from it, and `silotune check FILE` says it for your file:
+
+| kind | what happens |
+|---|---|
+| free | Holds at once. Make it between runs: a run that is going may take it up midway. |
+| amendment | Holds from the next round on. A round that is open under the old terms is closed without a result, and its updates are dropped. |
+| new federation | Refused for a federation that has rounds. Give it another `name` or another `storage.root`. |
+
+A silo trains only on the terms of its own copy of the file. After an amendment all copies must say the same, or the silo's status is
+`refused: terms differ`. Do not amend while a run is going.
+"""
+
+NOTES = {
+    "name": "Another name is another federation, which begins anew.",
+    "model.base": "The path is free, its contents are not: other weights or another tokenizer make a new federation.",
+    "silos.id": "A silo joins or leaves.",
+    "storage.root": "Copy what is there along; an empty store is a federation that begins anew.",
+    "export.merge": "No effect with `method: full`.",
+}
+DEFAULTS = {"silos.storage": "`.silotune-private/<id>`"}
+
+
+def text() -> str:
+    """The whole page."""
+    schema = json_schema()
+    page = [HEAD]
+    for where, model in _sections(schema, "", schema):
+        page += [f"## {_title(where)}\n", *_intro(model), "| key | type | default | meaning | edit |", "|---|---|---|---|---|"]
+        for key, about in model["properties"].items():
+            path = f"{where}.{key}" if where else key
+            page.append("| " + " | ".join(_row(schema, model, path, key, about)) + " |")
+        page.append("")
+    return "\n".join(page).rstrip() + "\n"
+
+
+def _sections(schema: dict[str, Any], where: str, model: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield where, model
+    for key, about in model["properties"].items():
+        if found := _section(schema, about):
+            yield from _sections(schema, f"{where}.{key}" if where else key, found)
+
+
+def _section(schema: dict[str, Any], about: dict[str, Any]) -> dict[str, Any] | None:
+    """The model that a key holds, alone, in a list or beside null."""
+    for part in (about, about.get("items", {}), *about.get("anyOf", ()), *about.get("allOf", ())):
+        if "$ref" in part:
+            return dict(schema["$defs"][part["$ref"].rsplit("/", 1)[1]])
+    return None
+
+
+def _title(where: str) -> str:
+    return f"`{where.replace('silos', 'silos[]')}`" if where else "The file"
+
+
+def _intro(model: dict[str, Any]) -> list[str]:
+    if model["title"] == "Federation":
+        return []
+    said = " ".join(model.get("description", "").split())
+    return [f"{said}\n"] if said else []
+
+
+def _row(schema: dict[str, Any], model: dict[str, Any], path: str, key: str, about: dict[str, Any]) -> list[str]:
+    section = _section(schema, about)
+    meaning = _escaped(about.get("description", ""))
+    if section:
+        kind = f"list of [{_plain(path)}](#{_anchor(path)})" if about.get("type") == "array" else f"[{_plain(path)}](#{_anchor(path)})"
+        meaning = meaning or _escaped(section.get("description", "").split("\n")[0])
+    else:
+        kind = _type(about)
+    if note := NOTES.get(path):
+        meaning = f"{meaning} {note}".strip()
+    default = "required" if key in model.get("required", ()) else DEFAULTS.get(path) or _default(about, section)
+    return [f"`{key}`", kind, default, meaning, "" if section else edit(path)]
+
+
+def _plain(path: str) -> str:
+    return path.replace("silos", "silos[]")
+
+
+def _anchor(path: str) -> str:
+    return path.replace(".", "").lower()
+
+
+def _type(about: dict[str, Any]) -> str:
+    if "anyOf" in about:
+        return " or ".join(_type(part) for part in about["anyOf"] if part.get("type") != "null")
+    if "enum" in about:
+        return " or ".join(f"`{value}`" for value in about["enum"])
+    if "const" in about:
+        return f"`{about['const']}`"
+    if about["type"] == "array":
+        return "list of texts"
+    if about["type"] == "object":
+        return "texts by name"
+    kind = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false"}[about["type"]]
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    return kind + "".join(f"{',' if i else ''} {sign} {about[word]}" for i, (word, sign) in enumerate(
+        (word, sign) for word, sign in signs.items() if word in about))  # fmt: skip
+
+
+def _default(about: dict[str, Any], section: dict[str, Any] | None) -> str:
+    value = about.get("default")
+    if value is None:
+        return "unset" if not section or "anyOf" in about else ""
+    if value == {}:
+        return "none"
+    return f"`{_escaped(value if isinstance(value, str) and chr(10) not in value else json.dumps(value))}`"
+
+
+def _escaped(said: str) -> str:
+    return " ".join(said.split()).replace("|", "\\|")
+
+
+# What kind of edit a key is
+
+
+def edit(path: str) -> str:
+    """``free``, ``amendment`` or ``new federation``: what changing this key alone means."""
+    before = Federation.model_validate(
+        {
+            "name": "sample",
+            "model": {"base": "org/base"},
+            "silos": [{"id": "north", "train": "/north"}],
+            "rounds": {"until": {}},
+        }
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the other value is of no type that pydantic would serialise there
+        old, new = _agreement(before), _agreement(_changed(before, path.split(".")))
+        return "new federation" if old.forbids(new) else "amendment" if old.changes(new) else "free"
+
+
+def _changed(section: Any, path: list[str]) -> Any:
+    """A copy with another value at ``path``; lists are followed into their first entry. Validation is not asked."""
+    key, *rest = path
+    value = getattr(section, key)
+    if not rest:
+        value = "another"
+    elif isinstance(value, list):
+        value = [_changed(value[0], rest), *value[1:]]
+    else:
+        value = _changed(value, rest)
+    return section.model_copy(update={key: value})
+
+
+def _agreement(federation: Federation) -> Any:
+    digest = hashlib.sha256(federation.model.base.encode()).hexdigest()  # another base has other contents
+    return federation.agreement(digest, digest)
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(), encoding="utf-8")
+    print(f"{FILE} written")

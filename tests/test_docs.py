@@ -1,0 +1,109 @@
+"""The pages: generated ones are up to date, links lead somewhere, and commands exist."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+page = pytest.mark.parametrize("file", PAGES, ids=lambda f: f.name)
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def code(file: Path) -> Iterator[str]:
+    """What a page sets as code: fenced and indented blocks, and spans between backticks."""
+    text = file.read_text(encoding="utf-8")
+    fence = re.compile(r"^```.*?$(.*?)^```$", re.DOTALL | re.MULTILINE)
+    yield from fence.findall(text)
+    rest = fence.sub("", text)
+    yield from re.findall(r"^ {4}(\S.*)$", rest, re.MULTILINE)
+    yield from re.findall(r"`([^`\n]+)`", rest)
+
+
+def anchors(file: Path) -> set[str]:
+    """Headings as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_the_page_about_the_file_is_what_the_models_say(reference: ModuleType) -> None:
+    assert (ROOT / "docs" / "federation.md").read_text(encoding="utf-8") == reference.text(), "run `make docs`"
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("storage.root", "free"),
+        ("silos.train", "free"),
+        ("data.fields", "free"),
+        ("training.steps", "amendment"),
+        ("silos.id", "amendment"),
+        ("silos.training.steps", "amendment"),
+        ("aggregation.strategy", "amendment"),
+        ("model.base", "new federation"),
+        ("model.lora.r", "new federation"),
+        ("name", "new federation"),
+    ],
+)
+def test_the_kind_of_an_edit_follows_from_the_agreement(reference: ModuleType, path: str, kind: str) -> None:
+    assert reference.edit(path) == kind
+
+
+@page
+def test_links_lead_somewhere(file: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        found = file.parent / name if name else file
+        assert found.exists(), f"{file.name}: {target} leads nowhere"
+        assert not anchor or anchor in anchors(found), f"{file.name}: {target} names no heading"
+
+
+@page
+def test_make_targets_exist(file: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {word for text in code(file) for word in re.findall(r"(?:^|[\s·])make ([a-z-]+)", text)}
+    assert named <= targets
+
+
+@page
+def test_subcommands_exist(file: Path) -> None:
+    from silotune.pipelines.cli import app
+
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    named = {word for text in code(file) for word in re.findall(r"^\s*(?:\S+=\S+ )*silotune ([a-z]+)", text, re.MULTILINE)}
+    assert named <= commands
+
+
+def test_the_readme_shows_commands() -> None:
+    """The two tests above must have something to look at."""
+    shown = "\n".join(code(PAGES[0]))
+    assert "make run" in shown
+    assert "silotune run " in shown
+
+
+def test_the_readme_shows_the_python_door_as_its_docstring_does() -> None:
+    from silotune.pipelines import simulate
+
+    example = re.search(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
+    assert example
+    shown = [line for line in example[1].splitlines() if line]
+    assert [line.strip() for line in shown] == [
+        line.strip() for line in (simulate.__doc__ or "").splitlines() if line.startswith("    ") and line.strip()
+    ]
