@@ -59,6 +59,7 @@ def load_base(folder: Path, dtype: str) -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    _quiet()
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -16,12 +16,11 @@ from pathlib import Path
 
 VOCABULARY = 1024
 CONTEXT = 256
-WINDOW = 128  # tokens per row of text
-ROWS = 6  # rows of text per step
-DRILL_SHAPE = (16, 16)  # rows per step of the drill, and random tokens that each says twice
-DRILL, STEPS = 160, 400  # steps of drill, and all steps
+WINDOW = 128  # tokens per row in training
+ROWS = 8  # rows per step
+STEPS = 250
 WARMUP = 30
-RATE = 3e-3
+RATE = 4e-3
 SEED = 7
 
 
@@ -71,35 +70,25 @@ def make_model(tokenizer):
 
 
 def warm_up(model, tokenizer, passages: list[str]) -> float:
-    """Train first on a drill, then on the passages laid end to end; returns the mean loss of the last steps, nats per token.
-
-    The drill is random tokens said twice: the second time they can be looked up. That teaches a small model to look back in seconds (it
-    grows induction heads: Olsson et al. 2022, arXiv:2209.11895), which text alone would take many minutes for.
-    """
+    """Train on the passages laid end to end; returns the mean loss of the last steps, nats per token."""
     import torch
 
     encoded = tokenizer(passages, add_special_tokens=False)["input_ids"]
     ids = torch.tensor([token for passage in encoded for token in (tokenizer.bos_token_id, *passage, tokenizer.eos_token_id)])
     generator = torch.Generator().manual_seed(SEED)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
     losses = []
     model.train()
     for step in range(STEPS):
-        said = torch.randint(3, len(tokenizer), DRILL_SHAPE if step < DRILL else (2, WINDOW // 2), generator=generator)
-        batch, labels = said.repeat(1, 2), torch.cat([torch.full_like(said, -100), said], dim=1)
-        if step >= DRILL:
-            starts = torch.randint(len(ids) - WINDOW, (ROWS,), generator=generator)
-            text = torch.stack([ids[start : start + WINDOW] for start in starts.tolist()])  # (ROWS, WINDOW)
-            batch, labels = torch.cat([batch, text]), torch.cat([labels, text])
-        progress = max(0, step - DRILL) / (STEPS - DRILL)
-        optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / WARMUP, 0.51 + 0.49 * math.cos(math.pi * progress))
-        loss = model(input_ids=batch, labels=labels, use_cache=False).loss
+        optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / WARMUP, 0.51 + 0.49 * math.cos(math.pi * step / STEPS))
+        starts = torch.randint(len(ids) - WINDOW, (ROWS,), generator=generator)
+        batch = torch.stack([ids[start : start + WINDOW] for start in starts.tolist()])  # (ROWS, WINDOW)
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if step%40==39: print(step+1, sum(losses[-10:])/10, time.process_time(), torch.nn.functional.cross_entropy(model(input_ids=batch[:2]).logits[:,:-1].transpose(1,2), labels[:2,1:]).item(), flush=True)
     model.eval()
     return sum(losses[-20:]) / 20
 

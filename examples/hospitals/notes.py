@@ -7,13 +7,13 @@ writes, the same bytes every time for the same seed:
     DIR/<hospital>/{train,valid,test}.jsonl   records {"prompt": a short note, "response": diagnosis, plan and advice}
     DIR/public.txt                            passages of plain prose, one a line
 
-A response follows from its note by rules. Some are shared, and every hospital could learn them alone: repeat age and days, read urgency and
-history. The others tell diagnosis, treatment and advice from complaint and finding, and they belong to a speciality. The hospitals are
-skewed in size, in the specialities they see, and in how they write: north in abbreviations, harbour in sentences, valley in a form. Valid and
-test are drawn as train is, so each hospital also meets the other two's cases, too rarely to learn them alone.
+A response follows from its note by rules. Some are shared, and every hospital could learn them alone: what urgency and history lead to. The
+others tell diagnosis, treatment and advice from complaint and finding, and they belong to a speciality. The hospitals are skewed in size, in
+the specialities they see, and in how they write: north in abbreviations, harbour in sentences, valley in a form. Valid and test are drawn as
+train is, so each hospital also meets the other two's cases, too rarely to learn them well alone.
 
-The public text has the words of the responses and of the conditions, even letters of the same form, but no note, and it draws every phrase
-independently: it can teach how a letter looks and that a patient's age comes back in it, not which treatment belongs to which finding.
+The public text has the words of the conditions, and letters of the same form as the responses, but no note, and it draws every phrase
+independently: it can teach how a letter looks, not which treatment belongs to which finding.
 """
 
 import argparse
@@ -159,9 +159,7 @@ def response(case: Case) -> str:
     plan = SEVERITIES[case.severity].format(ward=case.speciality.ward)
     about = case.condition
     return (
-        f"{case.age}-year-old {case.patient}, {case.days} days: {about.complaint}, {about.finding}. "
-        f"Diagnosis: {case.severity} {about.diagnosis}. "
-        f"Plan: {about.treatment}; {plan}. Advice: {about.advice}; {HISTORIES[case.history]}."
+        f"Diagnosis: {case.severity} {about.diagnosis}. Plan: {about.treatment}; {plan}. Advice: {about.advice}; {HISTORIES[case.history]}."
     )
 
 
@@ -190,7 +188,7 @@ def records(hospital: Hospital, rng: random.Random) -> dict[str, list[dict[str, 
 
 
 def passage(rng: random.Random) -> str:
-    """A few sentences in which some facts come back and nothing belongs together."""
+    """A few sentences in which nothing belongs together."""
     conditions = [c for s in SPECIALITIES.values() for c in s.conditions]
 
     def some(field: str) -> str:
@@ -202,7 +200,7 @@ def passage(rng: random.Random) -> str:
     history, steps = rng.choice(list(HISTORIES)), rng.choice(list(HISTORIES.values()))
     age, days = rng.randint(2, 90), rng.randint(2, 9)
     who = f"{age}-year-old {rng.choice(('boy', 'girl') if age < 16 else ('man', 'woman'))}"
-    asked, seen, read = some("complaint"), some("finding"), some("treatment")
+    read = some("treatment")
     sentences = [
         f"The library has a book about {some('diagnosis')} and a film about {some('treatment')}.",
         f"A leaflet on {read} hangs near the {ward}. The leaflet on {read} is new.",
@@ -216,9 +214,9 @@ def passage(rng: random.Random) -> str:
         f"The nurse noted the weather: {rng.choice(('green hills', 'red sky', 'amber light', 'rain'))} for {days} days.",
         f"The visitor looks {rng.choice(('comfortable', 'uneasy', 'very unwell', 'at the clock'))} and reports no past history.",
     ]
-    told = " ".join(rng.sample(sentences, 1))
-    specimen = f"Diagnosis: {severity} {some('diagnosis')}. Plan: {some('treatment')}; {plan}. Advice: {some('advice')}; {steps}."
-    return f"This {who} tells of {asked} for {days} days and shows {seen}. {told} Specimen: {who}, {days} days: {asked}, {seen}. {specimen}"
+    told = " ".join(rng.sample(sentences, 2))
+    letter = f"Diagnosis: {severity} {some('diagnosis')}. Plan: {some('treatment')}; {plan}. Advice: {some('advice')}; {steps}."
+    return f"This {who} tells of {some('complaint')} for {days} days and shows {some('finding')}. {told} Specimen letter: {letter}"
 
 
 def main() -> None:

@@ -367,7 +367,7 @@ def test_an_unreachable_store_is_worth_retrying(make_federation: Any, monkeypatc
 
 
 def test_one_federation_over_s3(make_federation: Any, s3: Any) -> None:
-    file = make_federation(storage={"root": f"s3://{s3.bucket}/{s3.prefix}"}, rounds={"total": 1})
+    file = make_federation(storage={"root": f"s3://{s3._bucket}/{s3._prefix}"}, rounds={"total": 1})
     on_disk = make_federation(file.parent / "disk", rounds={"total": 1})
     remote, local = Simulation(file), Simulation(on_disk)
     assert [r.global_digest for r in remote.run()] == [r.global_digest for r in local.run()]
