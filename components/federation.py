@@ -131,9 +131,7 @@ class Silo(Section):
     train: str = Field(description="jsonl, csv, parquet, a folder of .txt files, or `s3://` with one of these.")
     valid: str | None = Field(None, description="Steers the run (convergence, best round). Default: a seeded part of train.")
     test: str | None = Field(None, description="Read by the evaluate box only.")
-    storage: str = Field(
-        "", description="The silo's own folder: token shards, logs. Default `.silotune-private/<id>`."
-    )
+    storage: str = Field("", description="The silo's own folder: token shards, logs. Default `.silotune-private/<id>`.")
     training: SiloTraining = Field(default_factory=SiloTraining, description="Overrides for this silo.")
 
 

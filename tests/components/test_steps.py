@@ -107,8 +107,8 @@ def test_below_quorum_the_round_stays_open_and_only_the_missing_are_asked(make_f
     file = make_federation(rounds={"total": 1, "quorum": 3})
     turn = begin(file)
     statuses = [train.work(str(file), s, turn) for s in ("east", "north")]
-    with pytest.raises(QuorumError, match=r"3 of 3 silos must deliver, 2 did:\n  south +failed: disk full\n"):
-        aggregate.work(str(file), turn, *statuses, "south failed: disk full")
+    with pytest.raises(QuorumError, match=r"3 of 3 silos must deliver, 2 did:\n  south +failed: killed by signal 9\n"):
+        aggregate.work(str(file), turn, *statuses, "south failed: killed by signal 9")
     latest = rounds_of(file).latest()
     assert latest is not None
     assert latest.round == 0

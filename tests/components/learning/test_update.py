@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from silotune.components.errors import SilotuneError
 from silotune.components.learning.tensor_file import to_bytes, write_tensor_file
 from silotune.components.learning.update import KEY, Codec, Expectation, Header, UpdateRefused, open_update, write_update
 
@@ -95,7 +96,7 @@ def test_same_update_same_bytes(path: Path, tmp_path: Path) -> None:
 def test_what_is_not_finite_is_not_written(path: Path, bad: float, codec: str) -> None:
     array = TENSORS["m.lora_A"].copy()
     array[1, 2] = bad
-    with pytest.raises(ValueError, match=r"tensor 'm\.lora_A' is not finite"):
+    with pytest.raises(SilotuneError, match=r"tensor 'm\.lora_A' of the update is not finite"):
         write_update(path, HEADER.model_copy(update={"codec": Codec(name=codec)}), {**TENSORS, "m.lora_A": array})
     assert not path.exists()
 
