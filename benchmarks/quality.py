@@ -37,6 +37,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18, 19])
     parser.add_argument("--rates", type=float, nargs="+", default=[4e-3, 6e-3, 8e-3])
     parser.add_argument("--rounds", type=int, help="instead of the file's; for a quick look")
+    parser.add_argument("--report", action="store_true", help="only print what is finished, with the first of --rates as reference")
     parser.add_argument("--out", type=Path, default=ROOT / ".silotune" / "quality")
     return parser.parse_args()
 
@@ -134,37 +135,39 @@ def table(results: dict[int, dict[str, Any]], rate: float) -> str:
     central = f"centralised {rate:g}"
     names = ["base", *(f"alone {s}" for s in silos), "federated", central]
     lines = [
-        "| model | pooled test loss | perplexity | silos' perplexity: 10th | 50th | 90th | tokens | CPU s |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| model | seeds | pooled test loss | perplexity | silos' perplexity: 10th | 50th | 90th | tokens | CPU s |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name in names:
-        rows = [results[s][name] for s in seeds]
-        cuts = [spread([deciles(r["silos"])[i] for r in rows], 1) for i in range(3)]
-        pooled = [r["pooled"] for r in rows]
-        cells = [
-            name,
-            spread(pooled),
-            spread([math.exp(p) for p in pooled], 1),
-            *cuts,
-            f"{rows[0]['tokens']:,}",
-            f"{statistics.mean(r['seconds'] for r in rows):.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows = [results[s][name] for s in seeds if name in results[s]]
+        if rows:
+            cuts = [spread([deciles(r["silos"])[i] for r in rows], 1) for i in range(3)]
+            pooled = [r["pooled"] for r in rows]
+            perplexities = spread([math.exp(p) for p in pooled], 1)
+            seconds = statistics.mean(r["seconds"] for r in rows)
+            cells = [name, str(len(rows)), spread(pooled), perplexities, *cuts, f"{rows[0]['tokens']:,}", f"{seconds:.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
     gaps, leads = [], []
-    for seed in seeds:
-        r = results[seed]
+    for r in results.values():
         gaps.append((r["base"]["pooled"] - r["federated"]["pooled"]) / (r["base"]["pooled"] - r[central]["pooled"]))
-        leads.append(min(r[f"alone {s}"]["pooled"] for s in silos) - r["federated"]["pooled"])
-    lines += ["", f"Federated beats the best single silo on the pooled test by {spread(leads)} nats per token."]
-    lines += [f"Federated closes {spread([100 * g for g in gaps], 1)} % of the gap from base to centralised (pooled loss per token)."]
-    lines += ["", "| silo's own test | base | its own adapter | federated | centralised |", "|---|--:|--:|--:|--:|"]
-    for silo in silos:
-        cells = [spread([results[s][name]["silos"][silo] for s in seeds]) for name in ("base", f"alone {silo}", "federated", central)]
-        lines.append(f"| {silo} | " + " | ".join(cells) + " |")
+        if all(f"alone {s}" in r for s in silos):
+            leads.append(min(r[f"alone {s}"]["pooled"] for s in silos) - r["federated"]["pooled"])
+    each = ", ".join(f"{100 * gap:.1f}" for gap in gaps)
     lines += [
         "",
-        "Validation loss after each round, federated, first seed: " + " ".join(f"{v:.3f}" for v in results[seeds[0]]["federated"]["curve"]),
+        f"Federated closes {spread([100 * g for g in gaps], 1)} % of the gap from base to centralised in pooled loss per token ({each}).",
     ]
+    if leads:
+        lines += [f"It beats the best single silo on the pooled test by {spread(leads)} nats per token ({len(leads)} seeds)."]
+    lines += ["", "| silo's own test | base | its own adapter | federated | centralised |", "|---|--:|--:|--:|--:|"]
+    for silo in silos:
+        found = [
+            [results[s][name]["silos"][silo] for s in seeds if name in results[s]]
+            for name in ("base", f"alone {silo}", "federated", central)
+        ]
+        lines.append(f"| {silo} | " + " | ".join(spread(values) if values else "" for values in found) + " |")
+    curve = " ".join(f"{v:.3f}" for v in results[seeds[0]]["federated"]["curve"])
+    lines += ["", f"Validation loss after each round, federated, first seed: {curve}"]
     sweep = {n.split()[1]: results[seeds[0]][n]["pooled"] for n in results[seeds[0]] if n.startswith("centralised")}
     return "\n".join([*lines, "Centralised by rate, first seed, test: " + ", ".join(f"{r}: {v:.3f}" for r, v in sweep.items())])
 
@@ -177,8 +180,8 @@ def main() -> None:
     results: dict[int, dict[str, Any]] = {seed: {} for seed in given.seeds}
     if file.exists():
         results |= {int(seed): known for seed, known in json.loads(file.read_text()).items()}
-    rate = measure(given, results, lambda: file.write_text(json.dumps(results)))
-    print(table({seed: results[seed] for seed in given.seeds}, rate))
+    rate = given.rates[0] if given.report else measure(given, results, lambda: file.write_text(json.dumps(results)))
+    print(table({seed: results[seed] for seed in given.seeds if f"centralised {rate:g}" in results[seed]}, rate))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ PACKAGES = (
     "peft",
     "mlflow.tracking",
     "mlflow.store.tracking.sqlalchemy_store",
+    *(f"silotune.components.{box}.step" for box in ("preprocess", "initialize", "train", "aggregate", "evaluate", "export")),
+    *(f"silotune.components.learning.{noun}" for noun in ("model", "tokens", "batches", "training", "evaluation", "update")),
 )
 
 

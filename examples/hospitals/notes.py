@@ -152,7 +152,7 @@ HOSPITALS = {
     "harbour": Hospital(500, {"cardiology": 6, "respiratory": 44, "oncology": 44, "paediatrics": 3, "orthopaedics": 3}, harbour),
     "valley": Hospital(300, {"cardiology": 6, "respiratory": 3, "oncology": 3, "paediatrics": 44, "orthopaedics": 44}, valley),
 }
-VALID = TEST = 80  # records of each hospital
+VALID, TEST = 40, 80  # records of each hospital
 
 
 def response(case: Case) -> str:
@@ -223,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write synthetic notes of three hospitals, and public text, into a folder.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--passages", type=int, default=6000, help="passages of public text")
+    parser.add_argument("--passages", type=int, default=4000, help="passages of public text")
     args = parser.parse_args()
     for name, hospital in HOSPITALS.items():
         (args.folder / name).mkdir(parents=True, exist_ok=True)
