@@ -124,8 +124,8 @@ def table(results: dict[int, dict[str, Any]], rate: float) -> str:
     silos = sorted(results[seeds[0]]["base"]["silos"])
 
     def spread(values: list[float], digits: int = 3) -> str:
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+        deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{deviation}"
 
     def deciles(losses: dict[str, float]) -> list[float]:
         values = sorted(math.exp(x) for x in losses.values())
