@@ -2,7 +2,7 @@
 
     python examples/hospitals/base.py PUBLIC.txt FOLDER
 
-trains a byte-level BPE tokenizer and a model of about a million weights in about half a minute. FOLDER then holds what
+trains a byte-level BPE tokenizer and a model of about a million weights in about a minute. FOLDER then holds what
 `save_pretrained` writes, and `made_from.txt`: a digest of this file and the text. As long as that matches, another call does nothing.
 """
 
