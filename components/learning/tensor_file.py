@@ -1,13 +1,14 @@
 """Tensor files: the safetensors container, written and read strictly, tensor by tensor, in numpy.
 
     8 bytes    length N of the header, unsigned little-endian
-    N bytes    header: UTF-8 JSON, {"__metadata__": {text: text}, name: {"dtype", "shape", "data_offsets": [start, end]}, ...}
-    the rest   tensors end to end in the header's order, little-endian, row-major, no holes, nothing behind the last
+    N bytes    header: UTF-8 JSON without spaces, {"__metadata__":{text:text},name:{"dtype":…,"shape":[…],"data_offsets":[start,end]},…};
+               metadata first, left out if empty, by sorted keys; then the tensors by sorted names; then spaces until 8 + N divides by 8
+    the rest   tensors end to end in the header's order, all of one dtype, little-endian, row-major, no holes, nothing behind the last
 
-Any safetensors reader opens these files. This one is stricter than the format, for files that come from others: names in sorted order, only
-F32 and BF16, offsets without holes or overlaps, sizes that follow from the shapes, a header of at most 64 MiB, a file of exactly the length
-that the header says. Nothing is allocated on a header's word before all this holds. Only numpy is needed, so that the aggregator runs
-without torch.
+Any safetensors reader opens these files. This one is stricter than the format, for files that come from others: only F32 or BF16, offsets
+without holes or overlaps, sizes that follow from the shapes, a header within a limit, a file of exactly the length that the header says, and
+a header that is byte for byte what `header_text` makes of its content: the same content never stands in two different files. Nothing is
+allocated on a header's word before all this holds. Only numpy is needed, so that the aggregator runs without torch.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-HEADER_LIMIT = 64 << 20
+HEADER_LIMIT = 64 << 20  # bytes
 WIDTH = {"F32": 4, "BF16": 2}
 
 
@@ -85,6 +87,18 @@ def from_bytes(data: bytes, dtype: str) -> np.ndarray:
     return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
 
 
+def header_text(shapes: Mapping[str, Sequence[int]], dtype: str, metadata: Mapping[str, str]) -> bytes:
+    """The header of a file, padding included: one byte string per content."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at = 0
+    for name in sorted(shapes):
+        size = math.prod(shapes[name]) * WIDTH[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shapes[name]), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)  # tensors start at a multiple of 8, for memory maps
+
+
 def write_tensor_file(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[tuple[str, bytes]], metadata: Mapping[str, str]
 ) -> None:
@@ -99,14 +113,7 @@ def write_tensor_file(
     Raises:
         ValueError: tensors and shapes do not match.
     """
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    at = 0
-    for name in sorted(shapes):
-        size = math.prod(shapes[name]) * WIDTH[dtype]
-        header[name] = {"dtype": dtype, "shape": list(shapes[name]), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8, for memory maps
+    text = header_text(shapes, dtype, metadata)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with scratch.open("wb") as file:
@@ -125,8 +132,11 @@ def write_tensor_file(
         scratch.unlink(missing_ok=True)
 
 
-def open_tensor_file(path: Path) -> TensorFile:
+def open_tensor_file(path: Path, header_limit: int = HEADER_LIMIT) -> TensorFile:
     """Read and check a header.
+
+    Args:
+        header_limit: bytes; a longer header is refused unread.
 
     Raises:
         MalformedFile: a rule of the format is broken.
@@ -137,14 +147,14 @@ def open_tensor_file(path: Path) -> TensorFile:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:
             raise MalformedFile(f"the file of {size} bytes is too short for its header")
-        if length > HEADER_LIMIT:
-            raise MalformedFile(f"the header of {length} bytes is over the limit of {HEADER_LIMIT}")
+        if length > header_limit:
+            raise MalformedFile(f"the header of {length} bytes is over the limit of {header_limit}")
         text = file.read(length)
     if not text.startswith(b"{"):
         raise MalformedFile("the header does not begin with {")
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
+        header = strict_json(text.decode("utf-8"))
+    except ValueError:
         raise MalformedFile("the header is not UTF-8 JSON without repeated keys") from None
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -153,6 +163,8 @@ def open_tensor_file(path: Path) -> TensorFile:
     end = max((e.end for e in entries.values()), default=8 + length)
     if end != size:
         raise MalformedFile(f"the file has {size} bytes where its header says {end}")
+    if text != _canonical(entries, metadata):
+        raise MalformedFile("the header is not byte for byte the one way to write its content")
     return TensorFile(path, metadata, entries)
 
 
@@ -175,8 +187,30 @@ def _entries(header: dict[str, object], at: int) -> Iterator[tuple[str, Entry]]:
         at += size
 
 
+def _canonical(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    dtypes = sorted({e.dtype for e in entries.values()})
+    if len(dtypes) > 1:
+        raise MalformedFile(f"its tensors are of more than one dtype: {', '.join(dtypes)}")
+    try:
+        return header_text({name: e.shape for name, e in entries.items()}, "".join(dtypes), metadata)
+    except UnicodeEncodeError:  # an escape for half a character: no UTF-8 stands for it
+        raise MalformedFile("the header's texts are not all Unicode") from None
+
+
 def _naturals(values: object) -> bool:
     return isinstance(values, list) and len(values) <= 16 and all(type(v) is int and 0 <= v < 1 << 48 for v in values)
+
+
+def strict_json(text: str) -> Any:
+    """What a JSON text says; memory is bounded by some 40 times its length, whatever it says.
+
+    Raises:
+        ValueError: it is not JSON, repeats a key, holds NaN or Infinity, or is nested too deep.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def _no_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:

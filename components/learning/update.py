@@ -3,14 +3,23 @@
 One tensor file (see `tensor_file`) that holds the *difference* that local training made to every trainable tensor. Byte by byte:
 
     8 bytes    length of the header, unsigned little-endian
-    header     JSON; ``__metadata__`` holds one key, ``silotune``, whose value is the canonical JSON text of `Header`:
+    header     JSON; ``__metadata__`` holds one key, ``silotune``, whose value is the canonical JSON text of `Header` (sorted keys, no
+               spaces, UTF-8, no NaN):
                  format       1
                  federation, agreement, round, silo, plan, base, incoming     what this update answers, all by digest
                  examples, tokens, steps, cursor, loss, norm                  what training has seen
                  codec        {"name": "float32" | "bfloat16"}
-                 tensors      name -> SHA-256 of the tensor's bytes as they stand in the file
-                 signature    Ed25519 over the same JSON with ``signature: null``; null in unsigned federations
+                 tensors      name -> SHA-256 of the tensor's bytes as they stand in the file, in hexadecimal
+                 signature    text; null in federations without keys
     tensors    sorted by name, F32 or BF16 as the codec says, no holes
+
+``norm`` is the L2 norm over all tensors before the codec rounds them. The signature is made over the bytes
+
+    b"silotune update 1\\n" + the same canonical JSON with ``"signature":null``
+
+by a function that the caller gives (Ed25519, base64), so that the learning core needs no cryptography. It covers the header, the header's
+digests cover the tensors, and both have one way to be written: no byte of a signed file can be changed, added or taken away unnoticed, and
+no file can stand in for another silo's, round's, base's or federation's.
 
 `open_update` refuses from the header alone whatever does not answer the plan; `Update.tensors` then verifies each tensor's digest and
 finiteness as it is read. A refusal names silo, tensor, rule and cure.
@@ -35,7 +44,9 @@ from silotune.components.learning.tensor_file import (
     MalformedFile,
     TensorFile,
     from_bytes,
+    header_text,
     open_tensor_file,
+    strict_json,
     to_bytes,
     write_tensor_file,
 )
@@ -44,13 +55,18 @@ KEY = "silotune"
 DTYPE = {"float32": "F32", "bfloat16": "BF16"}
 WEIGHT_LIMIT = 1 << 40  # examples or tokens; more than any silo can have seen in a round
 RULE_LIMIT = 300  # characters
+HEADER_SLACK = 1 << 16  # bytes beyond the names, digests and shapes: numbers, signature, and what a refusal is to name instead of a size
+SIGNED = b"silotune update 1\n"
+TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}  # relative; bfloat16 rounds every number by up to 2^-9 after the norm was taken
 
 
 class UpdateRefused(RefusedError):
     """An update that must not be averaged. ``rule`` is short and fit for a report."""
 
     def __init__(self, silo: str, rule: str, cure: str) -> None:
-        rule = rule if len(rule) <= RULE_LIMIT else f"{rule[: RULE_LIMIT - 1]}…"  # names in it are of the silo's choosing
+        # Names in it are of the silo's choosing: they must neither fill screens and commits nor steer terminals.
+        rule = "".join(c if c.isprintable() else "?" for c in rule[: RULE_LIMIT + 1])
+        rule = rule if len(rule) <= RULE_LIMIT else f"{rule[: RULE_LIMIT - 1]}…"
         super().__init__(f"silo {silo!r}: update refused: {rule}; {cure}", rule)
         self.silo = silo
         self.rule = rule
@@ -84,6 +100,28 @@ class Header(Section):
     signature: str | None = None
 
 
+def signed_bytes(header: Header) -> bytes:
+    """What a silo signs: everything in the header but the signature.
+
+    Raises:
+        ValueError: loss or norm is not finite.
+    """
+    return SIGNED + canonical_json(header.model_dump() | {"signature": None})
+
+
+def norm_matches(header_norm: float, squares: float, codec: str) -> bool:
+    """Whether a header tells the true norm of its tensors.
+
+    Args:
+        squares: sum of the squares of all numbers, as the file holds them.
+        codec: says how much rounding has moved the norm at most: 1e-6 of it for float32 (order of summation), 1e-2 for bfloat16.
+    """
+    if not 0 < squares < math.inf:
+        return False
+    norm = math.sqrt(squares)
+    return abs(header_norm - norm) <= TOLERANCE[codec] * norm
+
+
 @dataclass(frozen=True)
 class Expectation:
     """What an update must be to answer a plan."""
@@ -98,19 +136,33 @@ class Expectation:
     codec: str
     schema: Mapping[str, list[int]]  # tensor name -> shape
 
+    verify: Callable[[bytes, str], bool] | None = None
+    """Whether a signature of `signed_bytes` is of the silo's key, written in the one way it can be; None where silos have no keys."""
+
+    @property
+    def tensor_bytes(self) -> int:
+        """What the tensors take in the file."""
+        return sum(math.prod(shape) for shape in self.schema.values()) * WIDTH[DTYPE[self.codec]]
+
+    @property
+    def header_bytes(self) -> int:
+        """No honest header is longer: names, shapes and digests as they will stand there, and some room for the rest."""
+        metadata = canonical_json({"tensors": dict.fromkeys(self.schema, "0" * 64)}).decode()
+        return len(header_text(self.schema, DTYPE[self.codec], {KEY: metadata})) + HEADER_SLACK
+
     @property
     def most_bytes(self) -> int:
-        """No honest file is larger: its tensors, and a header of 512 bytes a tensor beyond its name."""
-        width = WIDTH[DTYPE[self.codec]]
-        return sum(math.prod(s) * width + 3 * len(n.encode()) + 512 for n, s in self.schema.items()) + 65536
+        """No honest file is larger."""
+        return 8 + self.header_bytes + self.tensor_bytes
 
 
-def write_update(path: Path, header: Header, tensors: Mapping[str, np.ndarray]) -> Header:
-    """Write an update; returns its header with norm and digests filled in.
+def write_update(path: Path, header: Header, tensors: Mapping[str, np.ndarray], sign: Callable[[bytes], str] | None = None) -> Header:
+    """Write an update; returns its header with norm, digests and signature filled in.
 
     Args:
-        header: with any ``norm`` and ``tensors``.
+        header: with any ``norm``, ``tensors`` and ``signature``.
         tensors: float32 differences by name.
+        sign: the silo's signature of some bytes; None where silos have no keys.
 
     Raises:
         SilotuneError: a tensor is not finite, or no longer so in the codec's number format.
@@ -125,7 +177,9 @@ def write_update(path: Path, header: Header, tensors: Mapping[str, np.ndarray]) 
             )
         digests[name] = hashlib.sha256(data).hexdigest()
         squares += float(np.square(array, dtype=np.float64).sum())
-    header = header.model_copy(update={"tensors": digests, "norm": math.sqrt(squares)})
+    header = header.model_copy(update={"tensors": digests, "norm": math.sqrt(squares), "signature": None})
+    if sign is not None:
+        header = header.model_copy(update={"signature": sign(signed_bytes(header))})
     encoded = ((name, to_bytes(array, dtype)) for name, array in sorted(tensors.items()))
     shapes = {name: array.shape for name, array in tensors.items()}
     write_tensor_file(path, shapes, dtype, encoded, {KEY: canonical_json(header.model_dump()).decode()})
@@ -161,6 +215,14 @@ class Update:
         yield from ((name, self.tensor(name)) for name in self.file.entries)
 
 
+def read_header(path: Path) -> Header:
+    """The header of one's own update file. Raises MalformedFile where it is none."""
+    try:
+        return Header.model_validate(strict_json(open_tensor_file(path).metadata.get(KEY, "")))
+    except ValueError as error:
+        raise MalformedFile(f"the header is not that of an update: {type(error).__name__}") from None
+
+
 def open_update(path: Path, expected: Expectation) -> Update:
     """Accept or refuse an update by its header, before any tensor is read.
 
@@ -177,15 +239,10 @@ def open_update(path: Path, expected: Expectation) -> Update:
             f"it has {size} bytes, more than the {expected.most_bytes} that its tensors can take", "send the tensors of the plan only"
         )
     try:
-        file = open_tensor_file(path)
-        header = Header.model_validate_json(file.metadata.get(KEY, ""))
+        file = open_tensor_file(path, expected.header_bytes)
     except MalformedFile as error:
         raise refuse(f"not a tensor file: {error}", "send the update again") from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise refuse(
-            f"bad header: {'.'.join(map(str, first['loc']))}: {first['msg']}", "use the version of silotune the plan names"
-        ) from None
+    header = _header(file, refuse)
     cures = {"silo": "a silo sends its own update only", "base": "its base model differs from the federation's; install the agreed one"}
     for field in ("federation", "agreement", "plan", "base", "silo"):
         got, wanted = getattr(header, field), getattr(expected, field)
@@ -193,17 +250,54 @@ def open_update(path: Path, expected: Expectation) -> Update:
             raise refuse(f"{field} is {got[:16]!r}, the plan's is {wanted[:16]!r}", cures.get(field, "train again on the open plan"))
     if (header.round, header.incoming) not in expected.accepted:
         raise refuse(f"it answers round {header.round} and global {header.incoming[:12]}", "train again on the open plan")
+    _check_signature(header, expected, refuse)
     if header.codec.name != expected.codec:
         raise refuse(f"codec is {header.codec.name!r}, the agreement's is {expected.codec!r}", "use the agreed codec")
     for field in ("examples", "tokens", "steps"):
         if not 0 < getattr(header, field) <= WEIGHT_LIMIT:
             raise refuse(f"{field} is {getattr(header, field)}, must be from 1 to {WEIGHT_LIMIT}", "train on at least one example")
-    if header.cursor <= expected.cursor:
-        raise refuse(f"its data cursor {header.cursor} is not past {expected.cursor}", "train on the next stretch of the data")
-    if not (math.isfinite(header.loss) and math.isfinite(header.norm) and header.norm >= 0):
-        raise refuse("loss or norm is not finite", "lower the learning rate or check the records")
+    if not 0 < header.cursor - expected.cursor <= WEIGHT_LIMIT:
+        least, most = expected.cursor + 1, expected.cursor + WEIGHT_LIMIT
+        raise refuse(f"its data cursor is {header.cursor}, must be from {least} to {most}", "train on the next stretch of the data")
+    if header.norm <= 0:
+        raise refuse(
+            "training changed nothing: its norm is 0" if header.norm == 0 else f"its norm is {header.norm}, must be positive",
+            "raise the learning rate or check the records",
+        )
     _check_tensors(file, header, expected, refuse)
     return Update(header, file)
+
+
+def _header(file: TensorFile, refuse: Callable[[str, str], UpdateRefused]) -> Header:
+    if file.metadata.keys() != {KEY}:
+        raise refuse(f"not a tensor file of an update: its metadata must be {KEY!r} and nothing else", "send the update again")
+    try:
+        # Not pydantic's own reader of JSON: it takes a kilobyte for every empty list.
+        header = Header.model_validate(strict_json(file.metadata[KEY]))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise refuse(
+            ": ".join(["bad header", *filter(None, [where]), first["msg"]]), "use the version of silotune the plan names"
+        ) from None
+    except ValueError:
+        raise refuse("bad header: it is not JSON without repeated keys, NaN and Infinity", "send the update again") from None
+    if not (math.isfinite(header.loss) and math.isfinite(header.norm)):
+        raise refuse("loss or norm is not finite", "lower the learning rate or check the records")
+    if canonical_json(header.model_dump()) != file.metadata[KEY].encode():
+        raise refuse("bad header: it is not byte for byte the one way to write its content", "send the update again")
+    return header
+
+
+def _check_signature(header: Header, expected: Expectation, refuse: Callable[[str, str], UpdateRefused]) -> None:
+    cure = "register or rotate the silo's key with `silotune keys`"
+    if expected.verify is None:
+        if header.signature is not None:  # to ignore it would look like trust in it
+            raise refuse("it is signed, and the federation has no key to check it with", f"{cure}, or send it unsigned")
+    elif header.signature is None:
+        raise refuse(f"it bears no signature of silo {expected.silo}", cure)
+    elif not expected.verify(signed_bytes(header), header.signature):
+        raise refuse(f"its signature is not of silo {expected.silo}'s key", cure)
 
 
 def _check_tensors(file: TensorFile, header: Header, expected: Expectation, refuse: Callable[[str, str], UpdateRefused]) -> None:
