@@ -1,24 +1,37 @@
 """Local training: some AdamW steps on one silo's examples, from the global model on.
 
 The loss of a step is the mean over its target tokens, whatever the packing and accumulation, so that these change speed and memory only.
+A training may stop at any step, and goes on from its checkpoint as if nothing had been (see `checkpoint`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
+import time
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from silotune.components.errors import SilotuneError
-from silotune.components.federation import Training
+from silotune.components.federation import Training, canonical_json
+from silotune.components.learning import checkpoint as checkpoints
 from silotune.components.learning.batches import batches, stream
+from silotune.components.learning.checkpoint import Checkpoint, NotSaved, Seen
 from silotune.components.learning.schedule import rate
 from silotune.components.learning.tokens import Shard
 
 OnStep = Callable[[int, int, float], None]
+Stop = Callable[[int, float], bool]
+
+# What allocators say that do not raise torch.OutOfMemoryError: torch's on a CPU, CUDA's libraries, C++.
+NO_MEMORY = re.compile(
+    r"not enough memory|can't allocate memory|cannot allocate memory|out of memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE
+)
 
 
 class NonFiniteLoss(SilotuneError):
@@ -28,11 +41,23 @@ class NonFiniteLoss(SilotuneError):
         super().__init__(f"non-finite loss {where}; lower training.learning_rate or check the records", f"non-finite loss {where}")
 
 
+class OutOfMemory(SilotuneError):
+    """A step does not fit into the memory of the CPU or the GPU."""
+
+    def __init__(self, terms: Training) -> None:
+        on = "with" if terms.gradient_checkpointing else "without"
+        super().__init__(
+            f"out of memory: a step must fit, got training.batch_size {terms.batch_size} in {terms.accumulation} part(s) {on} "
+            "gradient_checkpointing; lower training.batch_size, raise training.accumulation or set training.gradient_checkpointing",
+            "out of memory",
+        )
+
+
 @dataclass(frozen=True)
 class Trained:
-    """What a round of local training has seen."""
+    """What a round of local training has seen, from its first step on, however often it was resumed."""
 
-    steps: int
+    steps: int  # done; fewer than asked for where it was stopped
     examples: int
     tokens: int  # target tokens
     loss: float  # mean training loss per target token, nats
@@ -56,18 +81,47 @@ def train(
     max_length: int,
     pad: int,
     on_step: OnStep | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    stop: Stop | None = None,
 ) -> Trained:
-    """Train ``model`` in place for ``terms.steps`` steps.
+    """Train ``model`` in place for ``terms.steps`` steps, from its checkpoint on if there is one.
+
+    The weights of the model and the state of torch's random numbers are the caller's, and must be the same each time a training is started.
+    A checkpoint that cannot be written is warned of, once, and changes nothing.
 
     Args:
         learning_rate: peak rate of this round.
         max_length: tokens per packed row at most.
         pad: token id that fills rows.
         on_step: called after each step with (steps done, steps, mean loss of the step).
+        checkpoint: where to resume from, and to write to every so many steps; its identity stands for what the arguments here do not say.
+        stop: asked after each step with (steps done, seconds from one asking to the next at most, in this process). If true, training ends
+            there with a checkpoint; the course of the rate is still that over ``terms.steps``.
 
     Raises:
         NonFiniteLoss: a step's loss or gradient is not finite.
+        OutOfMemory: a step does not fit.
     """
+    if checkpoint and checkpoint.every > 0:
+        known = [[str(x) for x in stretch.seed], stretch.cursor, shard.digest, terms.model_dump(), learning_rate, max_length, pad]
+        identity = hashlib.sha256(canonical_json([checkpoint.identity, known])).hexdigest()
+        checkpoint = replace(checkpoint, identity=identity)
+    else:
+        checkpoint = None
+    try:
+        seen = _steps(model, shard, stretch, terms, learning_rate, max_length, pad, on_step, checkpoint, stop)
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+            raise OutOfMemory(terms) from error
+        raise
+    return Trained(seen.steps, seen.examples, seen.tokens, seen.loss_sum / seen.tokens, seen.cursor)
+
+
+def _steps(
+    model: Any, shard: Shard, stretch: Stretch, terms: Training, learning_rate: float, max_length: int, pad: int, on_step: OnStep | None,
+    checkpoint: Checkpoint | None, stop: Stop | None,
+) -> Seen:  # fmt: skip
     import torch
     from accelerate import Accelerator
 
@@ -77,32 +131,49 @@ def train(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.config.use_cache = False
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=terms.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
-    loss_sum, examples, tokens = 0.0, 0, 0
-    for step in range(terms.steps):
+    seen = Seen(0, 0, 0, 0.0, stretch.cursor)
+    if checkpoint and (found := checkpoints.load(checkpoint)) and checkpoints.restore(found[1], named, optimizer, accelerator.device):
+        seen = found[0]
+    asked, slowest, warned = time.monotonic(), 0.0, False
+    for step in range(seen.steps, terms.steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, terms.steps, learning_rate, terms.schedule, terms.warmup_steps)
-        indices = stream(len(shard), stretch.cursor + examples, terms.batch_size, *stretch.seed)
+        indices = stream(len(shard), seen.cursor, terms.batch_size, *stretch.seed)
         parts = list(batches(shard, indices, terms.accumulation, max_length, pad, terms.packing))
-        step_tokens = sum(part.tokens for part in parts)
-        step_loss = 0.0
+        tokens = sum(part.tokens for part in parts)
+        loss = 0.0
         for part in parts:
             with accelerator.autocast():
-                part_loss = token_losses(model, part.to(accelerator.device)).sum() / step_tokens
+                part_loss = token_losses(model, part.to(accelerator.device)).sum() / tokens
             accelerator.backward(part_loss)
-            step_loss += float(part_loss.detach())
+            loss += float(part_loss.detach())
         norm = accelerator.clip_grad_norm_(parameters, terms.max_grad_norm)
-        if not math.isfinite(step_loss) or not bool(torch.isfinite(norm)):
+        if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
             raise NonFiniteLoss(f"at step {step + 1} of {terms.steps}")
         optimizer.step()
         optimizer.zero_grad()
-        loss_sum, examples, tokens = loss_sum + step_loss * step_tokens, examples + len(indices), tokens + step_tokens
+        count = len(indices)
+        seen = Seen(step + 1, seen.examples + count, seen.tokens + tokens, seen.loss_sum + loss * tokens, seen.cursor + count)
         if on_step:
-            on_step(step + 1, terms.steps, step_loss)
-    return Trained(terms.steps, examples, tokens, loss_sum / tokens, stretch.cursor + examples)
+            on_step(step + 1, terms.steps, loss)
+        now = time.monotonic()
+        asked, slowest = now, max(slowest, now - asked)
+        stopped = stop is not None and stop(step + 1, slowest)
+        if checkpoint and (stopped or checkpoint.due(step + 1)):
+            try:
+                checkpoints.save(checkpoint, seen, checkpoints.capture(named, optimizer, accelerator.device))
+            except NotSaved as error:
+                if not warned:
+                    warnings.warn(f"{error}; training goes on without", RuntimeWarning, stacklevel=3)
+                warned = True
+        if stopped:
+            break
+    return seen
 
 
 def token_losses(model: Any, batch: Any) -> Any:

@@ -13,7 +13,7 @@ from silotune.components.federation import Training
 from silotune.components.learning import model as models
 from silotune.components.learning.batches import stream
 from silotune.components.learning.tokens import Shard
-from silotune.components.learning.training import NonFiniteLoss, Stretch, Trained, train, update_of
+from silotune.components.learning.training import NonFiniteLoss, OutOfMemory, Stretch, Trained, train, update_of
 
 PAD = 2
 SEED = ("fed", 17, "north")
@@ -253,3 +253,43 @@ def test_not_a_number_is_told_with_its_step(tiny_llama: Path, some_shard: Shard)
 def test_running_away_is_told_with_its_step(tiny_llama: Path, some_shard: Shard) -> None:
     with pytest.raises(NonFiniteLoss, match="non-finite loss at step 2 of 5"):
         run(fresh(tiny_llama), some_shard, steps=5, learning_rate=1e30)
+
+
+# Out of memory
+
+
+def test_step_that_does_not_fit_into_memory_names_the_cure(tiny_llama: Path, some_shard: Shard) -> None:
+    """torch's own allocator is asked for a petabyte in the middle of a step."""
+    import torch
+
+    model = fresh(tiny_llama)
+    model.register_forward_hook(lambda *_: torch.empty(1 << 50, dtype=torch.uint8))
+    with pytest.raises(OutOfMemory, match=r"batch_size 4 in 2 part.* without gradient_checkpointing; lower training.batch_size") as caught:
+        run(model, some_shard, accumulation=2)
+    assert caught.value.reason == "out of memory"
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("error", "known"),
+    [
+        ("torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')", True),
+        ("RuntimeError('DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.')", True),
+        ("RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')", True),
+        ("MemoryError()", True),
+        ("RuntimeError('mat1 and mat2 shapes cannot be multiplied')", False),
+    ],
+)
+def test_memory_is_told_from_other_trouble(tiny_llama: Path, some_shard: Shard, error: str, known: bool) -> None:
+    import torch
+
+    model = fresh(tiny_llama)
+    raised = eval(error, {"torch": torch})
+
+    def fail(*_: Any) -> None:
+        raise raised
+
+    model.register_forward_hook(fail)
+    with pytest.raises(OutOfMemory if known else RuntimeError) as caught:
+        run(model, some_shard)
+    assert (caught.value is raised) != known
