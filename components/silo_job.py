@@ -2,6 +2,8 @@
 
     silo_home(federation, silo)      the silo's private folder for one federation
     supervise(box, ...)              run a silo's step in a child; its failure is a value, never an exception
+    one_at_a_time(home)              in the child: the silo's folder has one writer
+    time_left()                      in the child: seconds until it is killed, so that it can stop softly before
 
 A status is ``<silo> ok``, ``<silo> failed: <reason>``, ``<silo> refused: <reason>`` or ``<silo> late``, in the characters that a pipeline
 parameter may hold. Reasons are from a fixed vocabulary; the full message stays in the silo's own log.
@@ -9,15 +11,22 @@ parameter may hold. Reasons are from a fixed vocabulary; the full message stays 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from silotune.components import child
 from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.federation import Federation, Silo
-from silotune.components.progress import tell
+from silotune.components.progress import Pulse, beat, tell
 from silotune.components.rounds import Report, Rounds, Status, Turn
+
+PAST_DEADLINE = "past the deadline"
+LOOK = 0.2  # seconds between tries to have a silo's folder
 
 
 def silo_home(federation: Federation, silo: Silo) -> Path:
@@ -45,33 +54,75 @@ def parse_status(text: str) -> tuple[str, Status, str]:
 
 
 def supervise(box: str, federation_file: str, silo_id: str, *arguments: str, turn: Turn | None = None) -> str:
-    """Run a silo's step in a child and return its status.
+    """Run a silo's step in a child and return its status. The child is killed where it passes ``rounds.deadline`` or is silent for
+    ``rounds.stall``.
 
     Args:
         box: ``preprocess``, ``train`` or ``evaluate``.
         turn: the attempt to report a failure to, where a round is open.
+
+    Raises:
+        FederationError: the federation file cannot be read, or does not name the silo.
     """
     child.die_with_run()
     federation = Federation.load(federation_file)
-    home = silo_home(federation, federation.silo(silo_id))
+    silo = federation.silo(silo_id)
     tell(box, "started", silo_id, round=turn.round if turn else 0)
     began = time.monotonic()
     detail = ""
     try:
-        status = child.call(box, federation_file, silo_id, *arguments, log=home / "logs" / f"{box}.log")
-    except SilotuneError as error:
-        kind: Status = "refused" if isinstance(error, RefusedError) else "failed"
-        status, detail = status_text(silo_id, kind, error.reason), str(error)
+        log = silo_home(federation, silo) / "logs" / f"{box}.log"
+        deadline, stall = federation.deadline_seconds, federation.stall_seconds
+        status = child.call(box, federation_file, silo_id, *arguments, log=log, deadline=deadline, stall=stall)
+    except (SilotuneError, OSError) as error:
+        kind, reason, detail = _failure(error)
+        status = status_text(silo_id, kind, "" if kind == "late" else reason)
         if turn and not turn.done:
-            detail += _report_failure(federation, turn, silo_id, kind, error.reason)
+            detail += _report_failure(federation, turn, silo_id, kind, reason)
     tell(box, "ended", silo_id, status=status, detail=detail, seconds=round(time.monotonic() - began, 2))
     return status
+
+
+def _failure(error: SilotuneError | OSError) -> tuple[Status, str, str]:
+    """(status, reason, full message) of what ended a silo's work."""
+    if isinstance(error, child.ChildLate):
+        return "late", PAST_DEADLINE, str(error)
+    if isinstance(error, SilotuneError):
+        return ("refused" if isinstance(error, RefusedError) else "failed"), error.reason, str(error)
+    told = child.told(error)
+    return "failed", told["reason"], told["message"]
 
 
 def _report_failure(federation: Federation, turn: Turn, silo: str, status: Status, reason: str) -> str:
     """Write the report; returns what to add to the message where that fails, too: the status still reaches the aggregator by the pipeline."""
     try:
-        Rounds.of(federation).write_report(Report(round=turn.round, attempt=turn.attempt, silo=silo, status=status, reason=reason))
-    except SilotuneError as error:
+        Rounds.of(federation).write_report(Report(round=turn.round, attempt=turn.attempt, silo=silo, status=status, reason=reason[:200]))
+    except (SilotuneError, OSError) as error:
         return f" (and the report could not be written: {error})"
     return ""
+
+
+def time_left() -> float | None:
+    """In a step: seconds until its deadline, at which it is killed; None where it has none. Never negative.
+
+    The deadline is handed over as Unix time by the clock of this machine, on which caller and child both are.
+    """
+    deadline = os.environ.get(child.DEADLINE_VARIABLE)
+    return max(0.0, float(deadline) - time.time()) if deadline else None
+
+
+@contextlib.contextmanager
+def one_at_a_time(home: Path, pulse: Pulse | None = None) -> Iterator[None]:
+    """Hold a silo's folder for the work of one box; a second run's box of the same silo waits, with heartbeats, until it is free.
+
+    The kernel frees it when this process ends, however it ends. Not to be entered twice by one process: it would wait for itself.
+    """
+    with (home / "silo.lock").open("a") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                (pulse.beat if pulse else beat)("waiting", holder=False)
+                time.sleep(LOOK)
+        yield
