@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from silotune.components.errors import FederationError, UnreachableError
-from silotune.components.federation import canonical_json, is_remote
+from silotune.components.federation import canonical_json
+from silotune.components.federation_file import is_remote
 from silotune.components.object_store import open_store
 from silotune.components.rounds import file_digest
 

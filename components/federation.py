@@ -15,25 +15,44 @@ This module imports nothing heavy: `silotune check` and every pipeline task star
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import hashlib
 import json
-import os
-import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
+from silotune.components import federation_file
 from silotune.components.errors import FederationError
+from silotune.components.federation_file import COORDINATOR, DURATION, PUBLIC_KEY, STORE_ROOT, TRACKING_URI
 
 SILO_ID = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
-PATH_FIELDS = ("train", "valid", "test", "storage")
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Duration = Annotated[str, Field(pattern=DURATION)]
+SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _counted(value: Any) -> Any:
+    """``quorum: 2`` for ``quorum: {count: 2}``."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return {"count": value}
+    if value is not None and not isinstance(value, dict | BaseModel):
+        raise ValueError("must be a whole number, or hold count and weight")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    """``north: ed25519:…`` for ``north: [{public: ed25519:…}]``."""
+    if isinstance(value, str):
+        return [{"public": value}]
+    if not isinstance(value, list):
+        raise ValueError("must be a key as `silotune keys new` prints it, or a list of {public, since, until}")
+    return value
 
 
 class Section(BaseModel):
@@ -143,12 +162,62 @@ class Until(Section):
     min_delta: float = Field(0.0, ge=0, allow_inf_nan=False, description="Change that counts as improvement.")
 
 
+class Quorum(Section):
+    """How much of a federation makes a round; all that is given must hold."""
+
+    count: Positive = Field(1, description="Silos that must deliver.")
+    weight: Share | None = Field(
+        None, description="Share of the examples asked of all silos together (steps × batch size) that must have been trained on."
+    )
+
+
+class Rollback(Section):
+    """When a global model is left behind. It shows one round later, when the silos have scored it."""
+
+    max_loss_increase: float = Field(
+        gt=0,
+        allow_inf_nan=False,
+        description="Pooled validation loss above the best one so far, in nats per token, that is still accepted.",
+    )
+
+
+class Guards(Section):
+    """Checks on every commit against rounds that are silently wrong."""
+
+    norm_band: float | None = Field(
+        10.0,
+        gt=1,
+        description="An update is refused if its norm, for its learning rate, is so many times above or below the recent median; "
+        "`null`: no check.",
+    )
+
+
 class Rounds(Section):
-    """How long a federation goes on and how many silos make a round."""
+    """How long a federation goes on, how many silos make a round, and what happens to late, missing and bad ones."""
 
     total: Positive = Field(10, description="Rounds of the whole federation, over all runs.")
     per_run: Positive | None = Field(None, description="Rounds one pipeline run works on; default: all that are left.")
-    quorum: Positive | None = Field(None, description="Silos that must deliver for a round to be committed; default: more than half.")
+    quorum: Annotated[Quorum | None, BeforeValidator(_counted, json_schema_input_type=Positive | Quorum | None)] = Field(
+        None,
+        description="Silos that must deliver for a round to be committed, as a number or as `{count, weight}`; default: more than half.",
+    )
+    on_missing_quorum: Literal["fail", "skip"] = Field(
+        "fail", description="Below quorum: stop and leave the round open (exit code 3), or commit it as skipped with the previous global."
+    )
+    deadline: Duration | None = Field(
+        None, description="Time one silo has for its part of a round (`90s`, `30m`, `2h`), counted from the start of its task."
+    )
+    min_fraction: Share = Field(
+        0.5, description="Share of its steps that a silo must have done at the deadline for its update to count; else it is late."
+    )
+    stall: Duration | None = Field(
+        "15m", description="A silo's work that shows no sign of life for so long is stopped as hung; `null`: never."
+    )
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(
+        100, description="Steps between checkpoints of a local training in the silo's own storage; 0: none."
+    )
+    rollback: Rollback | None = Field(None, description="Leave a global behind that proves worse.")
+    guards: Guards = Field(default_factory=Guards, description="Checks on every commit.")
     until: Until | None = Field(None, description="Stop early when converged.")
 
 
@@ -183,17 +252,62 @@ class Communication(Section):
     codec: Literal["float32", "bfloat16"] = Field("float32", description="Number format of update tensors; bfloat16 halves the bytes.")
 
 
+class Retention(Section):
+    """What `silotune gc` may erase."""
+
+    updates: Positive | None = Field(None, description="Update files of so many of the latest rounds are kept; default: all.")
+
+
 class Storage(Section):
     """Where rounds, updates and globals live: what all parties can reach."""
 
-    root: str = Field("./.silotune/store", description="A folder, or `s3://bucket/prefix` (endpoint: AWS_ENDPOINT_URL).")
+    retention: Retention = Field(default_factory=Retention, description="How long update files are kept.")
+    root: str = Field(STORE_ROOT, description="A folder, or `s3://bucket/prefix` (endpoint: AWS_ENDPOINT_URL).")
 
 
 class Tracking(Section):
     """MLflow."""
 
-    uri: str = Field("sqlite:///./.silotune/mlflow.db", description="Tracking server, SQLite file, or `none`.")
+    uri: str = Field(TRACKING_URI, description="Tracking server, SQLite file, or `none`.")
     experiment: str | None = Field(None, description="Experiment name; default: the federation's name.")
+
+
+class PublicKey(Section):
+    """One Ed25519 key of a party, and the rounds it is good for."""
+
+    public: str = Field(pattern=PUBLIC_KEY, description="As `silotune keys new` prints it.")
+    since: Annotated[int, Field(ge=0)] = Field(0, description="First round it may sign.")
+    until: Annotated[int, Field(ge=0)] | None = Field(None, description="Last round it may sign; default: no end.")
+
+    @model_validator(mode="after")
+    def _has_a_round(self) -> PublicKey:
+        if self.until is not None and self.until < self.since:
+            raise ValueError(f"until must be at least since, {self.since}, got {self.until}; a key that is good for no round signs nothing")
+        return self
+
+    def good_for(self, round_number: int) -> bool:
+        return self.since <= round_number and (self.until is None or round_number <= self.until)
+
+
+Keys = Annotated[
+    list[PublicKey],
+    BeforeValidator(_listed, json_schema_input_type=Annotated[str, Field(pattern=PUBLIC_KEY)] | list[PublicKey]),
+    Field(min_length=1),
+]
+
+
+class Security(Section):
+    """Who signs, and with which keys."""
+
+    signing: bool = Field(
+        True,
+        description="Plans and commits are signed by the coordinator, updates, reports and scores by the silos; nothing unsigned counts.",
+    )
+    keys: dict[str, Keys] = Field(
+        default_factory=dict,
+        description="Public keys of `coordinator` and of every silo: a text, or a list of `{public, since, until}` to rotate them. "
+        "Without: keys are made on this machine, and commits are marked `custody: local`.",
+    )
 
 
 class Federation(Section):
@@ -211,6 +325,7 @@ class Federation(Section):
     communication: Communication = Field(default_factory=Communication)
     storage: Storage = Field(default_factory=Storage)
     tracking: Tracking = Field(default_factory=Tracking)
+    security: Security = Field(default_factory=Security)
     _file: Path = PrivateAttr(default=Path("federation.yaml"))
 
     @classmethod
@@ -226,17 +341,17 @@ class Federation(Section):
             FederationError: with every problem found.
         """
         path = Path(file).absolute()
-        raw = _parse(path)
+        raw = federation_file.parse(path)
         problems: list[str] = []
-        _resolve(raw, path.parent, problems)
+        federation_file.resolve(raw, path.parent, problems)
         federation = None
         try:
             federation = cls.model_validate(raw)
         except ValidationError as error:
-            problems += [_explain(e) for e in error.errors(include_url=False)]
-        problems += _contradictions(raw)
+            problems += [federation_file.explain(e, cls) for e in error.errors(include_url=False)]
+        problems += federation_file.contradictions(raw)
         if check_files:
-            problems += _missing_files(raw)
+            problems += federation_file.missing_files(raw)
         if problems or federation is None:
             count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
             raise FederationError("\n".join([f"{path.name}: {count}", *(f"  {p}" for p in problems)]))
@@ -257,9 +372,39 @@ class Federation(Section):
         return sorted(s.id for s in self.silos)
 
     @property
-    def quorum(self) -> int:
-        """Silos that must deliver; by default more than half of them."""
-        return self.rounds.quorum or len(self.silos) // 2 + 1
+    def quorum(self) -> Quorum:
+        """What makes a round; by default more than half of the silos."""
+        return self.rounds.quorum or Quorum(count=len(self.silos) // 2 + 1)
+
+    @property
+    def deadline_seconds(self) -> float | None:
+        return seconds(self.rounds.deadline)
+
+    @property
+    def stall_seconds(self) -> float | None:
+        return seconds(self.rounds.stall)
+
+    @property
+    def custody(self) -> Literal["parties", "local", "none"]:
+        """Who holds the private keys: each party its own, this machine all of them, or nobody, since nothing is signed."""
+        if not self.security.signing:
+            return "none"
+        return "parties" if self.security.keys else "local"
+
+    def key_folder(self, party: str) -> Path:
+        """Where a party's private key lies on its own machine."""
+        return (self.work if party == COORDINATOR else Path(self.silo(party).storage)) / "keys"
+
+    @property
+    def public_keys(self) -> dict[str, list[PublicKey]]:
+        """Of every party that has any: those of the file, or those that were made on this machine."""
+        if self.custody != "local":
+            return dict(self.security.keys) if self.security.signing else {}
+        found = {}
+        for party in (COORDINATOR, *self.silo_ids):
+            with contextlib.suppress(OSError):
+                found[party] = [PublicKey(public=(self.key_folder(party) / f"{party}.pub").read_text().strip())]
+        return found
 
     def silo(self, silo_id: str) -> Silo:
         for silo in self.silos:
@@ -283,6 +428,8 @@ class Federation(Section):
             aggregation=self.aggregation,
             evaluation=self.evaluation,
             communication=self.communication,
+            custody=self.custody,
+            keys=self.public_keys,
         )
 
 
@@ -300,6 +447,8 @@ class Agreement(Section):
     aggregation: Aggregation
     evaluation: Evaluation
     communication: Communication
+    custody: Literal["parties", "local", "none"]
+    keys: dict[str, list[PublicKey]]
 
     def encode(self) -> bytes:
         return canonical_json(self.model_dump())
@@ -325,6 +474,11 @@ class Agreement(Section):
         return [c for c in self.changes(new) if c.split(".")[0] in ("federation", "base", "tokenizer", "model", "format")]
 
 
+def seconds(duration: str | None) -> float | None:
+    """``90s``, ``30m``, ``2h`` in seconds."""
+    return None if duration is None else float(duration[:-1]) * SECONDS[duration[-1]]
+
+
 def canonical_json(value: Any) -> bytes:
     """One byte string per value: sorted keys, no spaces, UTF-8, no NaN (ValueError)."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
@@ -333,196 +487,6 @@ def canonical_json(value: Any) -> bytes:
 def json_schema() -> dict[str, Any]:
     """JSON Schema of the federation file, for editors."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Federation.model_json_schema()}
-
-
-def is_remote(location: str) -> bool:
-    return location.startswith("s3://")
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML with 1e-3 as a number (YAML 1.2) and repeated keys refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # <<: *anchor; what it brings may be repeated, that is its purpose
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word, not a list or mapping", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice; keep one", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
-
-
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Yaml)  # noqa: S506 (_Yaml is a SafeLoader)
-    except FileNotFoundError:
-        raise FederationError(f"{path}: no such federation file; `silotune new DIR` writes one to start from") from None
-    except IsADirectoryError:
-        raise FederationError(f"{path}: is a folder; name the federation file in it") from None
-    except UnicodeDecodeError as error:
-        raise FederationError(f"{path.name}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise FederationError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise FederationError(f"{path.name}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(raw, dict):
-        raise FederationError(f"{path.name}: must hold keys such as name, model and silos, got {type(raw).__name__}")
-    return raw
-
-
-def _resolve(raw: dict[str, Any], folder: Path, problems: list[str]) -> None:
-    """Substitute environment variables and make paths absolute, in place, wherever the value has the shape expected."""
-
-    def at(holder: Any, key: str, where: str, kind: str) -> None:
-        value = holder.get(key) if isinstance(holder, dict) else None
-        if not isinstance(value, str):
-            return
-        value = _substitute(value, where, problems)
-        if not value.strip():
-            problems.append(f"{where}: must not be empty, got {holder[key]!r}; give a path, or leave the key out")
-            return
-        if re.search(r"://[^/@\s]+:[^/@\s]+@", value):
-            problems.append(f"{where}: must not hold a user and password; give them in the environment and remove them here")
-            value = re.sub(r"://[^/@\s]+@", "://", value)
-        holder[key] = _locate(value, folder, kind)
-
-    model, storage, tracking = (raw.get(k) for k in ("model", "storage", "tracking"))
-    at(model, "base", "model.base", "base")
-    if storage is None:
-        storage = raw["storage"] = {}
-    if tracking is None:
-        tracking = raw["tracking"] = {}
-    if isinstance(storage, dict):
-        storage.setdefault("root", Storage.model_fields["root"].default)
-        at(storage, "root", "storage.root", "path")
-    if isinstance(tracking, dict):
-        tracking.setdefault("uri", Tracking.model_fields["uri"].default)
-        at(tracking, "uri", "tracking.uri", "uri")
-    for i, silo in _silos(raw):
-        silo.setdefault("storage", f"./.silotune-private/{silo.get('id', i)}")
-        for key in PATH_FIELDS:
-            at(silo, key, f"silos[{i}].{key}", "path")
-
-
-def _silos(raw: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    silos = raw.get("silos")
-    yield from ((i, s) for i, s in enumerate(silos if isinstance(silos, list) else []) if isinstance(s, dict))
-
-
-def _substitute(value: str, where: str, problems: list[str]) -> str:
-    def variable(match: re.Match[str]) -> str:
-        name, default = match[1], match[2]
-        got = os.environ.get(name) or default if default is not None else os.environ.get(name)  # as in a shell: empty counts as unset
-        if got is None:
-            problems.append(f"{where}: the environment variable {name} is not set, got {value!r}; export {name}=…")
-            return match[0]
-        return got
-
-    return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", variable, value)
-
-
-def _locate(value: str, folder: Path, kind: str) -> str:
-    if is_remote(value):
-        return value.rstrip("/")
-    if kind == "uri":
-        if value.startswith("sqlite:///"):
-            return f"sqlite:///{_absolute(value.removeprefix('sqlite:///'), folder)}"
-        return value if "://" in value or value == "none" else _absolute(value, folder)
-    if kind == "base" and not value.startswith((".", "/", "~")) and not (folder / value).exists():
-        return value  # a Hugging Face id
-    return _absolute(value, folder)
-
-
-def _absolute(value: str, folder: Path) -> str:
-    return os.path.normpath(folder / Path(value).expanduser())
-
-
-def _explain(error: Any) -> str:
-    """One pydantic error as: path, rule, value got, cure."""
-    where = _where(error["loc"])
-    kind, got = error["type"], error.get("input")
-    if kind == "missing":
-        return f"{where}: is required; add it"
-    if kind == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
-        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        return f"{where}: unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}")
-    rule = {"model_type": "must hold keys and values", "model_attributes_type": "must hold keys and values"}.get(kind)
-    rule = rule or error["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    if kind == "string_pattern_mismatch":
-        rule = "must be lower-case letters, digits and inner dashes, at most 40"
-    shown = "" if isinstance(got, dict) else f", got {got!r}"
-    return f"{where}: {rule}{shown}"
-
-
-def _where(loc: tuple[int | str, ...]) -> str:
-    text = ""
-    for part in loc:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif not part.startswith(("list[", "literal[", "function-")):
-            text += f".{part}" if text else part
-    return text or "the file"
-
-
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    section: Any = Federation
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, Section))
-    return list(section.model_fields)
-
-
-def _contradictions(raw: dict[str, Any]) -> list[str]:
-    """Rules that hold between parts, checked on raw values so that they are told together with all others."""
-    problems = []
-    first: dict[Any, int] = {}
-    homes: dict[str, int] = {}
-    for i, silo in _silos(raw):
-        if (name := silo.get("id")) is not None and isinstance(name, str):
-            if name in first:
-                problems.append(f"silos[{i}].id: must be unique, got {name!r} as in silos[{first[name]}]; rename one")
-            elif isinstance(home := silo.get("storage"), str) and home in homes:
-                problems.append(
-                    f"silos[{i}].storage: must be the silo's own, got {home!r} as in silos[{homes[home]}]; give each silo its own"
-                )
-            first.setdefault(name, i)
-        homes.setdefault(str(silo.get("storage")), i)
-    rounds = raw.get("rounds")
-    quorum = rounds.get("quorum") if isinstance(rounds, dict) else None
-    silos = raw.get("silos")
-    if isinstance(quorum, int) and isinstance(silos, list) and quorum > len(silos):
-        problems.append(f"rounds.quorum: must be at most the number of silos, {len(silos)}, got {quorum}; lower it or add silos")
-    return problems
-
-
-def _missing_files(raw: dict[str, Any]) -> list[str]:
-    problems = []
-    model = raw.get("model")
-    base = model.get("base") if isinstance(model, dict) else None
-    if isinstance(base, str) and base.startswith("/"):
-        if not Path(base).is_dir():
-            problems.append(f"model.base: no such folder, got {base!r}; give a model folder or a Hugging Face id")
-        elif not (Path(base) / "config.json").is_file():
-            problems.append(f"model.base: has no config.json, got {base!r}; give a folder saved by save_pretrained")
-    for i, silo in _silos(raw):
-        for key in ("train", "valid", "test"):
-            value = silo.get(key)
-            if isinstance(value, str) and "${" not in value and not is_remote(value) and not Path(value).exists():
-                problems.append(f"silos[{i}].{key}: no such file, got {value!r}; correct the path")
-    return problems
 
 
 def _differences(old: Any, new: Any, where: str) -> Iterator[str]:

@@ -1,28 +1,40 @@
-"""Opening a round: the quorum, the next plan, and when to stop."""
+"""Opening a round: the quorum, the next plan, which global is the best so far, and when to stop."""
 
 from __future__ import annotations
 
 import time
 from importlib.metadata import version
+from typing import Literal
 
 from silotune.components.errors import FederationError, QuorumError, SilotuneError, UnreachableError
 from silotune.components.federation import Agreement, Federation, Until
-from silotune.components.rounds import Commit, Participant, Plan, Rounds, Turn, pooled
+from silotune.components.rounds import Commit, Evaluation, Participant, Plan, Rounds, Turn, pooled
 
 
-def require_quorum(federation: Federation, what: str, present: list[str], missing: dict[str, str]) -> None:
+def require_quorum(federation: Federation, what: str, present: list[str], missing: dict[str, str], share: float = 1.0) -> None:
     """Raise a table of who is missing and why, unless enough silos are there.
+
+    Args:
+        share: of the examples asked of all silos together, how many the present ones have trained on.
 
     Raises:
         FederationError: if only data and settings are at fault, which trying again does not change.
         UnreachableError: if the store or a full disk is at fault for every missing silo.
         QuorumError: otherwise.
     """
-    if len(present) >= federation.quorum:
+    quorum = federation.quorum
+    if (few := len(present) < quorum.count) is False and (quorum.weight is None or share >= quorum.weight):
         return
-    lines = [f"{what}, {federation.quorum} of {len(federation.silos)} silos must deliver, {len(present)} did:"]
+    rule = f"{quorum.count} of {len(federation.silos)} silos must deliver, {len(present)} did"
+    if not few and quorum.weight is not None:
+        digits = 0 if f"{quorum.weight:.0%}" != f"{share:.0%}" else 2  # else it would read: 67% must, 67% were
+        rule = f"{quorum.weight:.{digits}%} of the examples asked for must be trained on, {share:.{digits}%} were"
+    lines = [f"{what}, {rule}:"]
     lines += [f"  {silo:<20} {why}" for silo, why in sorted(missing.items())]
-    lines.append("run again to ask the missing silos only; what the others delivered is kept")
+    if missing:
+        lines.append("run again to ask the missing silos only; what the others delivered is kept")
+    else:  # a deadline has cut all of them short, and nobody is left to ask
+        lines.append("lower rounds.quorum.weight, or set rounds.on_missing_quorum: skip and a longer rounds.deadline; then run again")
     causes: list[tuple[tuple[str, ...], type[SilotuneError]]] = [
         (("data or settings",), FederationError),
         (("store unreachable", "disk full"), UnreachableError),
@@ -32,19 +44,25 @@ def require_quorum(federation: Federation, what: str, present: list[str], missin
     raise kind("\n".join(lines))
 
 
+def share_trained(plan: Plan, agreement: Agreement, examples: dict[str, int]) -> float:
+    """Of the examples that a plan asks of all its silos together, the share that some have trained on."""
+    asked = {silo: agreement.training_of(silo) for silo in plan.participants}
+    return sum(examples.values()) / sum(t.steps * t.batch_size for t in asked.values())
+
+
 def open_next(federation: Federation, rounds: Rounds, latest: Commit, agreement: Agreement, missing: dict[str, str]) -> Turn:
     """Open the round after ``latest``, or go on with it where it is open already.
 
     A round that was opened under other terms is closed without a result first: the amended terms hold from the next one on.
     """
-    done = sum(c.outcome == "aggregated" for c in rounds.commits())
+    done = sum(c.counts for c in rounds.commits())
     if latest.converged and federation.rounds.until:
         return Turn(done=f"converged at round {latest.round}")
     if done >= federation.rounds.total:
         return Turn(done=f"all {federation.rounds.total} rounds are committed")
     plan = rounds.plan(latest.round + 1)
     if plan is not None and plan.agreement != agreement.digest:
-        latest = rounds.write_commit(_amended(latest, plan, agreement))
+        latest = rounds.write_commit(without_result("amended", federation, latest, plan, agreement, 0, {}))
         plan = rounds.plan(latest.round + 1)
     if plan is None:
         plan = rounds.open_round(_plan(federation, rounds, latest, agreement, done))
@@ -73,7 +91,7 @@ def _plan(federation: Federation, rounds: Rounds, latest: Commit, agreement: Agr
 def cursors_after(rounds: Rounds) -> dict[str, int]:
     """Where each silo's data stream stands after all committed rounds."""
     cursors: dict[str, int] = {}
-    for commit in rounds.commits():
+    for commit in rounds.commits():  # also those of a global that was left behind: the next one is made from other examples
         cursors.update({silo: c.cursor for silo, c in commit.contributions.items()})
     return cursors
 
@@ -84,39 +102,66 @@ def schema_object(rounds: Rounds, outgoing: str) -> str:
     return rounds.put_json_object(schema)
 
 
-def _amended(latest: Commit, plan: Plan, agreement: Agreement) -> Commit:
+def without_result(
+    outcome: Literal["amended", "skipped"], federation: Federation, latest: Commit, plan: Plan, agreement: Agreement, attempt: int,
+    missing: dict[str, str],
+) -> Commit:  # fmt: skip
+    """A commit that closes a round and leaves the global as it was."""
     return Commit(
-        round=plan.round, outcome="amended", agreement=agreement.digest, plan=plan.digest, attempt=0, contributions={}, missing={},
-        previous=latest.digest, incoming=latest.outgoing, outgoing=latest.outgoing, server_state=latest.server_state, started=time.time(),
-        at=time.time(),
+        round=plan.round, outcome=outcome, custody=federation.custody, agreement=agreement.digest, plan=plan.digest, attempt=attempt,
+        contributions={}, missing=missing, previous=latest.digest, incoming=latest.outgoing, outgoing=latest.outgoing, best=latest.best,
+        learning_rate=plan.learning_rate, server_state=latest.server_state, started=time.time(), at=time.time(),
     )  # fmt: skip
 
 
-def history(rounds: Rounds, metric: str) -> list[tuple[int, float]]:
-    """(round, pooled validation metric) of every global that has one, in order; amended rounds have none of their own."""
-    found = []
-    for commit in rounds.commits():
-        if commit.outcome != "amended" and (value := pooled(rounds.evaluations(commit.outgoing, "valid"))):
-            found.append((commit.round, value[metric]))
-    return found
+Judged = tuple[int, dict[str, Evaluation]]
 
 
-def has_converged(values: list[float], until: Until) -> bool:
-    """Whether the last ``patience`` values are no better than the best before them by more than ``min_delta``."""
+def judged(rounds: Rounds) -> list[Judged]:
+    """(round, validation scores by silo) of every global that has any, in order."""
+    made = (c for c in rounds.commits() if c.made_global)
+    return [(c.round, found) for c in made if (found := rounds.evaluations(c.outgoing, "valid"))]
+
+
+def compare(a: dict[str, Evaluation], b: dict[str, Evaluation], metric: str) -> tuple[float, float] | None:
+    """A pooled metric of two globals, over the silos that scored both on the same split; None where there is none.
+
+    Silos come and go, and theirs are not equally hard: pooled over different ones, two globals cannot be compared.
+    """
+    both = [s for s in a if s in b and a[s].split_digest == b[s].split_digest]
+    if not both:
+        return None
+    return pooled({s: a[s] for s in both})[metric], pooled({s: b[s] for s in both})[metric]
+
+
+def has_converged(scores: list[Judged], until: Until) -> bool:
+    """Whether the last ``patience`` globals are no better than the best one before them by more than ``min_delta``."""
     sign = -1.0 if until.metric == "token_accuracy" else 1.0
-    best, stale = float("inf"), 0
-    for value in values:
-        if sign * value < best - until.min_delta:
-            best, stale = sign * value, 0
-        else:
+    best: dict[str, Evaluation] | None = None
+    stale = 0
+    for _, found in scores:
+        pair = compare(found, best, until.metric) if best else None
+        if best is None or (pair and sign * pair[0] < sign * pair[1] - until.min_delta):
+            best, stale = found, 0
+        elif pair:
             stale += 1
     return stale >= until.patience
 
 
+def best_of(scores: list[Judged]) -> int | None:
+    """The round whose global has the lowest pooled validation loss, each compared with the best before it; None without scores."""
+    best: Judged | None = None
+    for number, found in scores:
+        pair = compare(found, best[1], "loss") if best else None
+        if best is None or (pair and pair[0] < pair[1]):
+            best = number, found
+    return best[0] if best else None
+
+
 def best_round(rounds: Rounds) -> int:
     """The round whose global has the lowest pooled validation loss; the last one where none has been evaluated."""
-    losses = history(rounds, "loss")
-    if losses:
-        return min(losses, key=lambda x: (x[1], x[0]))[0]
+    best = best_of(judged(rounds))
+    if best is not None:
+        return best
     latest = rounds.latest()
     return latest.round if latest else 0

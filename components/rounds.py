@@ -3,36 +3,50 @@
 No server holds a federation; these keys do, each one PUT, created if absent, so that the first writer wins and the loser goes on from it:
 
     <federation>/agreements/<digest>.json                terms, by their digest
-    <federation>/objects/<sha256>                        tensor files, by content
+    <federation>/objects/<sha256>                        globals and lists of tensors, by content
+    <federation>/contributions/<silo>/<sha256>           a silo's update files, by content: it can write nowhere else, nobody else can read there
     <federation>/rounds/00003/plan.json                  who takes part, from which global, with which tensors
     <federation>/rounds/00003/attempts/<k>.json          which silos were asked in the k-th try, and when
     <federation>/rounds/00003/reports/<k>/<silo>.json    ok | failed | refused | late, with a reason and allowed scalars
-    <federation>/rounds/00003/updates/<silo>.json        manifest of an update object; stays valid while the round is open
+    <federation>/rounds/00003/updates/<silo>.json        manifest of an update file; stays valid while the round is open
+    <federation>/rounds/00003/refusals/<silo>.json       why the aggregator refused it; the silo's next one is updates/<silo>.2.json
     <federation>/rounds/00003/commit.json                written last: the round happened if and only if it exists
     <federation>/evaluations/<global>/<silo>/<split>-<digest>.json
     <federation>/exports/<commit>.json                   what was exported from a commit
+    <federation>/audit/000007.json                       the audit log (see `audit`)
     <federation>/tracking.json                           the MLflow run of the federation
 
-Round 0 is the initial global: it has a commit and nothing else. To resume is to read the highest commit. A round opened under terms that
-were amended before it was committed is closed by a commit with ``outcome: amended`` that leaves the global as it was.
+Round 0 is the initial global: it has a commit and nothing else. To resume is to read the highest commit. How a round may end:
+
+    initialized    round 0
+    aggregated     the updates made a new global
+    skipped        too few silos delivered, and the federation goes on without; the global stays
+    rolled-back    the round began from a global that proved bad; the next one begins from the last good one
+    amended        the terms were changed while it was open; the global stays
+
+Records are signed by whom they are of (see `keys`), and none is believed before its signature is verified. In a federation that says
+``signing: off``, none is signed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError
 
-from silotune.components.errors import RefusedError
+from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Agreement, Federation, Section, canonical_json
+from silotune.components.federation_file import COORDINATOR
+from silotune.components.keys import Keyring, verify
 from silotune.components.object_store import ObjectMissing, ObjectStore, open_store
 
 Status = Literal["ok", "failed", "refused", "late"]
@@ -41,11 +55,20 @@ R = TypeVar("R", bound="Record")
 
 
 class Record(Section):
-    """A small fact in the store: one encode, one decode, one digest."""
+    """A small fact in the store: one encode, one decode, one digest, one signature over all but itself."""
 
     format: Literal[1] = 1
-    # Signed records carry an Ed25519 signature over their canonical JSON without this field; None in unsigned federations.
     signature: str | None = None
+
+    @property
+    def signer(self) -> tuple[str, int | None]:
+        """The party that must sign it, and the round that its key must be good for."""
+        return COORDINATOR, getattr(self, "round", None)
+
+    def message(self, key: str) -> bytes:
+        """What is signed: what it is and where it stands, then all that it says."""
+        body = self.model_copy(update={"signature": None}).encode()
+        return f"silotune {type(self).__name__} 1\n{key}\n".encode() + body
 
     def encode(self) -> bytes:
         return canonical_json(self.model_dump())
@@ -90,6 +113,17 @@ class Plan(Record):
     image: str | None = None
 
 
+class OfSilo(Record):
+    """A record that a silo signs."""
+
+    silo: str
+    round: int
+
+    @property
+    def signer(self) -> tuple[str, int | None]:
+        return self.silo, self.round
+
+
 class Attempt(Record):
     """One try at an open round."""
 
@@ -100,14 +134,12 @@ class Attempt(Record):
     at: float = Field(description="Unix time in seconds.")
 
 
-class Report(Record):
+class Report(OfSilo):
     """How one silo's work in one attempt ended. ``reason`` is from a fixed vocabulary; never record text."""
 
     SCALARS: ClassVar[frozenset[str]] = frozenset({"steps", "examples", "tokens", "loss", "seconds", "bytes_down", "bytes_up"})
 
-    round: int
     attempt: int
-    silo: str
     status: Status
     reason: str = Field("", max_length=200)
     numbers: dict[str, float] = Field(default_factory=dict)
@@ -117,11 +149,9 @@ class Report(Record):
         return f"{self.status}: {self.reason}" if self.reason else self.status
 
 
-class UpdateManifest(Record):
-    """Names an update object and repeats what its header says."""
+class UpdateManifest(OfSilo):
+    """Names an update file and repeats what its header says."""
 
-    round: int
-    silo: str
     agreement: str
     plan: str
     incoming: str
@@ -134,6 +164,17 @@ class UpdateManifest(Record):
     codec: str
     norm: float = Field(ge=0, description="L2 norm over all tensors of the update.")
     loss: float = Field(description="Mean training loss per token over the round.")
+
+
+class Refusal(Record):
+    """An update that was not let in. The silo may deliver another one."""
+
+    round: int
+    silo: str
+    manifest: str = Field(description="SHA-256 of the manifest's bytes.")
+    rule: str = Field(description="The rule that it broke.")
+    resend: bool = Field(description="Its bytes were damaged on the way or in the store: the same ones, sent again, will do.")
+    at: float
 
 
 class Contribution(Section):
@@ -154,7 +195,8 @@ class Commit(Record):
     """A round that happened."""
 
     round: int = Field(ge=0)
-    outcome: Literal["initialized", "aggregated", "amended"]
+    outcome: Literal["initialized", "aggregated", "skipped", "rolled-back", "amended"]
+    custody: Literal["parties", "local", "none"] = Field(description="Who held the private keys when it was written.")
     agreement: str
     plan: str | None
     attempt: int
@@ -163,6 +205,10 @@ class Commit(Record):
     previous: str | None = Field(description="Digest of the commit before.")
     incoming: str | None
     outgoing: str = Field(description="Digest of the next global model.")
+    back_to: int | None = Field(None, description="The round whose global is the next one, where this round was rolled back.")
+    best: int = Field(description="The round with the lowest pooled validation loss, among those judged by now.")
+    learning_rate: float = Field(0.0, description="Peak rate that the updates were trained with.")
+    guards: dict[str, float] = Field(default_factory=dict, description="What was checked before it was written, with the values found.")
     server_state: str | None = None
     converged: bool = False
     bytes_up: int = 0
@@ -170,19 +216,33 @@ class Commit(Record):
     started: float
     at: float
 
+    @property
+    def counts(self) -> bool:
+        """Whether it is one of the federation's ``rounds.total``."""
+        return self.outcome in ("aggregated", "skipped", "rolled-back")
 
-class Evaluation(Record):
-    """How one global model does on one split of one silo; sums, so that pooling is exact."""
+    @property
+    def made_global(self) -> bool:
+        """Whether its outgoing global is a new one."""
+        return self.outcome in ("initialized", "aggregated")
+
+
+class Evaluation(OfSilo):
+    """How one global model does on one split of one silo; sums, so that pooling is exact. ``round`` is the one it was scored in."""
 
     outgoing: str = Field(description="Digest of the global model.")
-    silo: str
     split: Split
     split_digest: str
     examples: int
     tokens: int = Field(ge=1)
-    loss_sum: float = Field(description="Cross entropy in nats, summed over response tokens.")
+    loss_sum: float | None = Field(description="Cross entropy in nats, summed over response tokens; null where it is not finite.")
     correct: int = Field(description="Response tokens whose most likely prediction is right.")
     at: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per token; infinite where the global does not give finite ones."""
+        return math.inf if self.loss_sum is None else self.loss_sum / self.tokens
 
 
 class Exported(Record):
@@ -223,16 +283,32 @@ class Turn:
         raise RefusedError(f"turn must read 'round:N attempt:K' or 'done:WHY', got {text!r}")
 
 
-class Rounds:
-    """One federation's records in one store."""
+class CorruptObject(RefusedError):
+    """An object whose bytes are not those that its name promises."""
 
-    def __init__(self, store: ObjectStore, federation: str) -> None:
+    def __init__(self, key: str, got: str) -> None:
+        super().__init__(
+            f"object '{key}': its bytes have the digest {got[:12]}…; it was damaged in the store: `silotune verify --repair` rebuilds a global",
+            "object corrupt",
+        )
+        self.key = key
+
+
+class Rounds:
+    """One federation's records in one store, signed with the keys of this machine and verified against those of the federation file."""
+
+    def __init__(self, store: ObjectStore, federation: str, keyring: Keyring | None = None) -> None:
         self.store = store
         self.federation = federation
+        self.keyring = keyring
+        self.refused: dict[str, str] = {}  # key -> why a record there was passed over
+        self._commits: dict[int, Commit] = {}  # a commit never changes
+        self._agreements: dict[str, Agreement] = {}  # by digest; named by a record that the coordinator has signed
 
     @classmethod
     def of(cls, federation: Federation) -> Rounds:
-        return cls(open_store(federation.storage.root), federation.name)
+        keyring = Keyring(federation) if federation.security.signing else None
+        return cls(open_store(federation.storage.root), federation.name, keyring)
 
     # Keys
 
@@ -249,35 +325,44 @@ class Rounds:
         return agreement.digest
 
     def agreement(self, digest: str) -> Agreement:
+        if digest in self._agreements:
+            return self._agreements[digest]
         key = self.key("agreements", f"{digest}.json")
         data = self.store.get(key)
         if hashlib.sha256(data).hexdigest() != digest:
             raise RefusedError(f"{key}: its bytes do not have the digest in its name; restore the object from a backup")
-        return Agreement.decode(data)
+        self._agreements[digest] = agreement = Agreement.decode(data)
+        return agreement
 
-    def put_object(self, path: Path) -> str:
+    def object_key(self, digest: str, silo: str | None = None) -> str:
+        """Where a global lies, or the update file of a silo."""
+        return self.key("contributions", silo, digest) if silo else self.key("objects", digest)
+
+    def put_object(self, path: Path, silo: str | None = None) -> str:
         """Store a file under its SHA-256 and return that."""
         digest = file_digest(path)
-        self.store.put_file(self.key("objects", digest), path)
+        self.store.put_file(self.object_key(digest, silo), path)
         return digest
 
-    def fetch_object(self, digest: str, path: Path) -> Path:
-        """Copy an object to ``path``.
+    def fetch_object(self, digest: str, path: Path, silo: str | None = None) -> Path:
+        """Copy an object to ``path``; what arrives damaged is asked for once more.
 
         Raises:
-            RefusedError: the bytes that arrived do not have the digest.
+            CorruptObject: the bytes in the store do not have the digest.
             ObjectMissing: there is no such object.
         """
-        self.store.fetch_file(self.key("objects", digest), path)
-        if (got := file_digest(path)) != digest:
+        key = self.object_key(digest, silo)
+        for _ in range(2):
+            self.store.fetch_file(key, path)
+            if (got := file_digest(path)) == digest:
+                return path
             path.unlink()
-            raise RefusedError(f"object {digest[:12]}: arrived with digest {got[:12]}; the stored object or the transfer is corrupt")
-        return path
+        raise CorruptObject(key, got)
 
-    def object_size(self, digest: str) -> int:
-        size = self.store.size(self.key("objects", digest))
+    def object_size(self, digest: str, silo: str | None = None) -> int:
+        size = self.store.size(self.object_key(digest, silo))
         if size is None:
-            raise ObjectMissing(self.key("objects", digest))
+            raise ObjectMissing(self.object_key(digest, silo))
         return size
 
     def tensor_shapes(self, digest: str) -> dict[str, list[int]]:
@@ -303,24 +388,17 @@ class Rounds:
 
     def latest(self) -> Commit | None:
         """The highest commit, found in O(log rounds) look-ups; None before the federation is initialised."""
-        if self._commit_missing(0):
+        if not self._committed(0):
             return None
-        known, probe = 0, 1
-        while not self._commit_missing(probe):
-            known, probe = probe, probe * 2
-        while probe - known > 1:
-            middle = (known + probe) // 2
-            if self._commit_missing(middle):
-                probe = middle
-            else:
-                known = middle
-        return self.commit(known)
+        return self.commit(highest(self._committed))
 
-    def _commit_missing(self, number: int) -> bool:
-        return self.store.size(self._round(number, "commit.json")) is None
+    def _committed(self, number: int) -> bool:
+        return number in self._commits or self.store.size(self._round(number, "commit.json")) is not None
 
     def commit(self, number: int) -> Commit:
-        return self._read(Commit, self._round(number, "commit.json"))
+        if number not in self._commits:
+            self._commits[number] = self.read(Commit, self._round(number, "commit.json"))
+        return self._commits[number]
 
     def commits(self) -> Iterator[Commit]:
         """All commits from round 0 on."""
@@ -330,70 +408,114 @@ class Rounds:
 
     def write_commit(self, commit: Commit) -> Commit:
         """Make the round happen. Returns the commit that stands, which may be a racing run's."""
-        return self._create(commit, self._round(commit.round, "commit.json"))
+        return self.create(commit, self._round(commit.round, "commit.json"))
 
     def open_round(self, plan: Plan) -> Plan:
         """Open a round. Returns the plan that stands, which may be a racing run's."""
-        return self._create(plan, self._round(plan.round, "plan.json"))
+        return self.create(plan, self._round(plan.round, "plan.json"))
 
     def plan(self, number: int) -> Plan | None:
         try:
-            return self._read(Plan, self._round(number, "plan.json"))
+            return self.read(Plan, self._round(number, "plan.json"))
         except ObjectMissing:
             return None
 
     def begin_attempt(self, plan: Plan, missing: dict[str, str]) -> Attempt:
         """Ask every participant without an update, except those already known to be ``missing``."""
-        delivered = self.updates(plan.round)
+        delivered, _ = self.updates(plan.round)
         asked = [s for s in sorted(plan.participants) if s not in delivered and s not in missing]
         left_out = {s: why for s, why in missing.items() if s in plan.participants and s not in delivered}
         number = 1 + max((a.attempt for a in self.attempts(plan.round)), default=0)
         while True:
             attempt = Attempt(round=plan.round, attempt=number, asked=asked, missing=left_out, at=time.time())
-            if self.store.create(self._round(plan.round, "attempts", f"{number}.json"), attempt.encode()):
-                return attempt
+            standing = self.create(attempt, self._round(plan.round, "attempts", f"{number}.json"))
+            if (standing.asked, standing.missing, standing.at) == (attempt.asked, attempt.missing, attempt.at):
+                return standing
             number += 1
 
     def attempts(self, number: int) -> list[Attempt]:
         keys = self.store.list(self._round(number, "attempts") + "/")
-        return sorted((self._read(Attempt, k) for k in keys), key=lambda a: a.attempt)
+        return sorted((self.read(Attempt, k) for k in keys), key=lambda a: a.attempt)
+
+    def attempt(self, number: int, attempt: int) -> Attempt:
+        return self.read(Attempt, self._round(number, "attempts", f"{attempt}.json"))
 
     def write_report(self, report: Report) -> Report:
         if unknown := sorted(set(report.numbers) - Report.SCALARS):
             raise RefusedError(
                 f"silo {report.silo!r}: a report may not hold {', '.join(unknown)}; allowed: {', '.join(sorted(Report.SCALARS))}"
             )
-        return self._create(report, self._round(report.round, "reports", str(report.attempt), f"{report.silo}.json"))
+        return self.create(report, self._round(report.round, "reports", str(report.attempt), f"{report.silo}.json"))
 
     def reports(self, number: int, attempt: int) -> dict[str, Report]:
         keys = self.store.list(self._round(number, "reports", str(attempt)) + "/")
-        found = (self._read(Report, k) for k in keys)
-        return {r.silo: r for r in found}
+        return {r.silo: r for r in self._believed(Report, keys)}
 
     def write_update(self, manifest: UpdateManifest) -> UpdateManifest:
-        """Deliver an update. Returns the manifest that stands: the silo's first one for this round."""
-        return self._create(manifest, self._round(manifest.round, "updates", f"{manifest.silo}.json"))
+        """Deliver an update. Returns the manifest that stands: the silo's first one for this round that has not been refused."""
+        return self.create(manifest, self._round(manifest.round, "updates", f"{self._slot(manifest.round, manifest.silo)}.json"))
+
+    def _slot(self, number: int, silo: str) -> str:
+        """Name of a silo's present manifest: its id, and from the second one on a number. By look-ups only: a silo may not list."""
+        count = 1
+        while self.store.size(self._round(number, "refusals", f"{_nth(silo, count)}.json")) is not None:
+            count += 1
+        return _nth(silo, count)
 
     def update(self, number: int, silo: str) -> UpdateManifest | None:
+        """A silo's update to a round, unless it was refused. Raises RefusedError where it is not the silo's."""
         try:
-            return self._read(UpdateManifest, self._round(number, "updates", f"{silo}.json"))
+            return self.read(UpdateManifest, self._round(number, "updates", f"{self._slot(number, silo)}.json"))
         except ObjectMissing:
             return None
 
-    def updates(self, number: int) -> dict[str, UpdateManifest]:
-        prefix = self._round(number, "updates") + "/"
-        keys = {k.removeprefix(prefix).removesuffix(".json"): k for k in self.store.list(prefix)}
-        return {silo: self._read(UpdateManifest, key) for silo, key in keys.items()}
+    def updates(self, number: int) -> tuple[dict[str, UpdateManifest], dict[str, str]]:
+        """By silo: the manifests that stand, and why others cannot be believed."""
+        manifests, bad = {}, {}
+        names = {k.rsplit("/", 1)[1].split(".", 1)[0] for k in self.store.list(self._round(number, "updates") + "/")}
+        for silo in sorted(names):
+            try:
+                if found := self.update(number, silo):
+                    manifests[silo] = found
+            except RefusedError as error:
+                bad[silo] = str(error)
+        return manifests, bad
+
+    def refuse_update(self, number: int, silo: str, rule: str, *, resend: bool) -> Refusal:
+        """Keep a silo's present update out of its round, so that it can deliver another one."""
+        slot = self._slot(number, silo)
+        data = self.store.get(self._round(number, "updates", f"{slot}.json"))
+        manifest = hashlib.sha256(data).hexdigest()
+        refusal = Refusal(round=number, silo=silo, manifest=manifest, rule=rule, resend=resend, at=time.time())
+        return self.create(refusal, self._round(number, "refusals", f"{slot}.json"))
+
+    def update_keys(self, number: int, silo: str) -> Iterator[str]:
+        """Where a silo's manifests of a round lie, refused ones first."""
+        for count in itertools.count(1):
+            key = self._round(number, "updates", f"{_nth(silo, count)}.json")
+            if self.store.size(key) is None:
+                return
+            yield key
+
+    def refusal(self, number: int, silo: str) -> Refusal | None:
+        """Why a silo's last update was refused, if it was."""
+        count, found = 1, None
+        while True:
+            try:
+                found = self.read(Refusal, self._round(number, "refusals", f"{_nth(silo, count)}.json"))
+            except ObjectMissing:
+                return found
+            count += 1
 
     # Evaluations, exports, tracking
 
     def write_evaluation(self, evaluation: Evaluation) -> Evaluation:
         e = evaluation
-        return self._create(e, self.key("evaluations", e.outgoing, e.silo, f"{e.split}-{e.split_digest[:16]}.json"))
+        return self.create(e, self.key("evaluations", e.outgoing, e.silo, f"{e.split}-{e.split_digest[:16]}.json"))
 
     def evaluation(self, outgoing: str, silo: str, split: str, split_digest: str) -> Evaluation | None:
         try:
-            return self._read(Evaluation, self.key("evaluations", outgoing, silo, f"{split}-{split_digest[:16]}.json"))
+            return self.read(Evaluation, self.key("evaluations", outgoing, silo, f"{split}-{split_digest[:16]}.json"))
         except ObjectMissing:
             return None
 
@@ -402,37 +524,117 @@ class Rounds:
         newest: dict[str, Evaluation] = {}
         for key in self.store.list(self.key("evaluations", outgoing) + "/"):
             if key.rsplit("/", 1)[1].startswith(f"{split}-"):
-                found = self._read(Evaluation, key)
-                if found.silo not in newest or newest[found.silo].at < found.at:
-                    newest[found.silo] = found
+                for found in self._believed(Evaluation, [key]):
+                    if found.silo not in newest or newest[found.silo].at < found.at:
+                        newest[found.silo] = found
         return newest
 
     def write_export(self, exported: Exported) -> Exported:
-        return self._create(exported, self.key("exports", f"{exported.commit}.json"))
+        return self.create(exported, self.key("exports", f"{exported.commit}.json"))
 
     def export(self, commit: str) -> Exported | None:
         try:
-            return self._read(Exported, self.key("exports", f"{commit}.json"))
+            return self.read(Exported, self.key("exports", f"{commit}.json"))
         except ObjectMissing:
             return None
 
+    def exports(self) -> Iterator[Exported]:
+        """All exports of this federation."""
+        keys = (k for k in self.store.list(self.key("exports") + "/") if k.count("/") == 2 and k.endswith(".json"))
+        return self._believed(Exported, keys)
+
     def tracking_run(self) -> TrackingRun | None:
         try:
-            return self._read(TrackingRun, self.key("tracking.json"))
+            return self.read(TrackingRun, self.key("tracking.json"))
         except ObjectMissing:
             return None
 
     def write_tracking_run(self, run: TrackingRun) -> TrackingRun:
-        return self._create(run, self.key("tracking.json"))
+        return self.create(run, self.key("tracking.json"))
 
-    def _read(self, kind: type[R], key: str) -> R:
-        return kind.decode(self.store.get(key), key)
+    def _believed(self, kind: type[R], keys: Iterable[str]) -> Iterator[R]:
+        """The records under these keys, without those that are not what they say; why is in `refused`."""
+        for key in keys:
+            try:
+                yield self.read(kind, key)
+            except RefusedError as error:
+                self.refused[key] = str(error)
 
-    def _create(self, record: R, key: str) -> R:
-        """Create-if-absent; returns the record that stands under the key."""
+    def sign(self, party: str, number: int | None, message: bytes) -> str:
+        """Sign what is no record, such as an update file's header. Raises FederationError without a key of the party."""
+        if self.keyring is None:
+            raise FederationError("security.signing: is off, so that nothing is signed here")
+        return self.keyring.sign(party, number, message)
+
+    # Records of any kind
+
+    def read(self, kind: type[R], key: str) -> R:
+        """The record under a key.
+
+        Raises:
+            ObjectMissing: there is none.
+            RefusedError: it is not whole, or not signed by whom it must be.
+        """
+        record = kind.decode(self.store.get(key), key)
+        self._verify(record, key)
+        return record
+
+    def _verify(self, record: Record, key: str) -> None:
+        """Raises RefusedError unless the record bears the signature it must."""
+        if self.keyring is None:
+            return
+        party, number = record.signer
+        what = f"{key}: must be signed by {party}"
+        if record.signature is None:
+            raise RefusedError(f"{what}, has no signature; whoever wrote it is not a party of this federation", "no signature")
+        message = record.message(key)
+        if self.keyring.trusts(party, number, message, record.signature):
+            return
+        # A silo may have left, or rotated its key, since: then the terms of the time have its key. They are the coordinator's word.
+        if party != COORDINATOR and any(verify(a.keys.get(party, []), number, message, record.signature) for a in self._terms()):
+            return
+        raise RefusedError(
+            f"{what}, and no key of security.keys.{party} that is good for round {number} made its signature; the record was altered, or the "
+            f"key is missing from the federation file",
+            "bad signature",
+        )
+
+    def _terms(self) -> Iterator[Agreement]:
+        """All terms that the coordinator has ever put to the silos, the newest first."""
+        latest = self.latest()
+        seen = set()
+        for number in range(latest.round + 1 if latest else 0, -1, -1):
+            named = self.plan(number) or (self.commit(number) if latest and number <= latest.round else None)
+            if named and named.agreement not in seen:
+                seen.add(named.agreement)
+                yield self.agreement(named.agreement)
+
+    def create(self, record: R, key: str) -> R:
+        """Sign and create if absent; returns the record that stands under the key."""
+        party, number = record.signer
+        if self.keyring:
+            record = record.model_copy(update={"signature": self.keyring.sign(party, number, record.message(key))})
         if self.store.create(key, record.encode()):
             return record
-        return self._read(type(record), key)
+        return self.read(type(record), key)
+
+
+def highest(exists: Callable[[int], bool]) -> int:
+    """The highest of the numbers 1, 2, … n that exist without a gap, in O(log n) look-ups; 0 if there is none."""
+    known, probe = 0, 1
+    while exists(probe):
+        known, probe = probe, probe * 2
+    while probe - known > 1:
+        middle = (known + probe) // 2
+        if exists(middle):
+            known = middle
+        else:
+            probe = middle
+    return known
+
+
+def _nth(silo: str, count: int) -> str:
+    return silo if count == 1 else f"{silo}.{count}"
 
 
 def file_digest(path: Path) -> str:
@@ -445,7 +647,8 @@ def pooled(evaluations: dict[str, Evaluation]) -> dict[str, float]:
     tokens = sum(e.tokens for e in evaluations.values())
     if not tokens:
         return {}
-    loss = sum(e.loss_sum for e in evaluations.values()) / tokens
+    sums = [e.loss_sum for e in evaluations.values()]
+    loss = math.inf if None in sums else sum(x for x in sums if x is not None) / tokens
     return {"loss": loss, "perplexity": perplexity(loss), "token_accuracy": sum(e.correct for e in evaluations.values()) / tokens}
 
 

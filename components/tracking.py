@@ -82,8 +82,8 @@ def metrics(rounds: Rounds, *, complete: bool) -> Iterator[tuple[Point, tuple[fl
     for i, commit in enumerate(commits):
         at = int(commit.at * 1000)
         values = dict(_costs(commit))
-        if commit.outcome != "amended":
-            if complete or any(c.outcome == "aggregated" for c in commits[i + 1 :]):
+        if commit.made_global:
+            if complete or any(c.counts for c in commits[i + 1 :]):
                 values |= dict(_validation(rounds, commit))
             values |= dict(_test(rounds, commit))
         yield from (((name, commit.round), (value, at)) for name, value in values.items())
@@ -108,7 +108,7 @@ def _validation(rounds: Rounds, commit: Commit) -> Iterator[tuple[str, float]]:
         yield f"global/{name}", value
     yield "round/evaluated", len(evaluations)
     for silo, evaluation in evaluations.items():
-        loss = evaluation.loss_sum / evaluation.tokens
+        loss = evaluation.loss
         yield f"silo/{silo}/loss", loss
         yield f"silo/{silo}/perplexity", perplexity(loss)
 
@@ -117,7 +117,7 @@ def _test(rounds: Rounds, commit: Commit) -> Iterator[tuple[str, float]]:
     evaluations = rounds.evaluations(commit.outgoing, "test")
     if evaluations:
         yield "test/global/loss", pooled(evaluations)["loss"]
-        yield from ((f"test/silo/{silo}/loss", e.loss_sum / e.tokens) for silo, e in evaluations.items())
+        yield from ((f"test/silo/{silo}/loss", e.loss) for silo, e in evaluations.items())
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from silotune.components import base_model
 from silotune.components.errors import FederationError
-from silotune.components.federation import Agreement, Federation, Silo, is_remote
+from silotune.components.federation import Agreement, Federation, Silo
+from silotune.components.federation_file import is_remote
 from silotune.components.rounds import Commit, Rounds
 
 if TYPE_CHECKING:
@@ -24,6 +25,19 @@ def local_base(federation: Federation) -> base_model.Base | None:
     """
     location = federation.model.base
     return base_model.resolve(location, federation.work / "base") if location.startswith("/") else None
+
+
+CUSTODY = {
+    "parties": "signed; each party holds its own key",
+    "local": "signed; custody: local, all keys are made and held on this machine",
+    "none": "UNSIGNED: whoever can write to the store can forge plans, updates and models",
+}
+
+
+def _quorum(federation: Federation) -> str:
+    quorum = federation.quorum
+    weight = f" and {quorum.weight:.0%} of the examples" if quorum.weight else ""
+    return f"{quorum.count} of {len(federation.silos)}{weight}"
 
 
 def terms_table(federation: Federation, base: base_model.Base | None) -> RenderableType:
@@ -41,13 +55,14 @@ def terms_table(federation: Federation, base: base_model.Base | None) -> Rendera
         "base": f"sha256 {base.digest[:12]}, tokenizer {base.tokenizer[:12]}" if base else "digests are taken when it is fetched",
         "silos": "\n".join(_silo(silo) for silo in f.silos),
         "data": f"{f.data.format}, at most {f.data.max_length} tokens",
-        "rounds": f"{f.rounds.total}, {f.rounds.per_run or 'all'} per run, quorum {f.quorum} of {len(f.silos)}{until}",
+        "rounds": f"{f.rounds.total}, {f.rounds.per_run or 'all'} per run, quorum {_quorum(f)}{until}",
         "training": f"{t.steps} steps of {t.batch_size} examples per round, rate {t.learning_rate:g} {t.schedule}, seed {t.seed}",
         "aggregation": f"{f.aggregation.strategy} by {f.aggregation.weights}, updates in {f.communication.codec}",
         "export": f"{f.export.select} round, {'merged model' if f.export.merge and f.model.method == 'lora' else 'as trained'}",
+        "security": CUSTODY[f.custody],
         "store": f.storage.root,
         "tracking": f.tracking.uri,
-        "agreement covers": "base, model, silos, data, training, aggregation, evaluation, communication",
+        "agreement covers": "base, model, silos, data, training, aggregation, evaluation, communication, keys",
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -92,7 +107,7 @@ def _from_when(rounds: Rounds, latest: Commit, new: Agreement) -> str:
     plan = rounds.plan(latest.round + 1)
     if plan is None or plan.agreement == new.digest:
         return f"an amendment, which holds from round {latest.round + 1} on:"
-    lost = sorted(rounds.updates(plan.round))
+    lost = sorted(rounds.updates(plan.round)[0])
     what = f", and drops the updates of {', '.join(lost)}" if lost else ""
     return f"an amendment, which closes open round {plan.round} without a result{what}, and holds from round {plan.round + 1} on:"
 

@@ -6,6 +6,8 @@
     silotune status FILE      where it stands
     silotune compile FILE     the pipeline, for Kubeflow
     silotune sync | ui FILE   MLflow
+    silotune keys, policies   who may sign and store what
+    silotune verify | gc      the chain back to the base; erasing old updates
     silotune schema           the file's JSON Schema
 
 Whatever a command does not need is not imported: `--help` answers at once. Errors leave as one message and the exit code of `errors`.
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from silotune.components.errors import FederationError, SilotuneError
+from silotune.pipelines import integrity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +46,10 @@ app = typer.Typer(
     help="Fine-tunes large language models across organisations that may not share their records.",
 )
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="The federation file.")]
+app.add_typer(integrity.keys, name="keys")
+for command in (integrity.policies, integrity.verify, integrity.gc):
+    app.command()(command)
+File = integrity.File
 PerRun = Annotated[int | None, typer.Option("--rounds", min=1, help="Rounds to work on; default: rounds.per_run, or all that are left.")]
 
 
@@ -135,6 +141,7 @@ def run(
     from silotune.pipelines import status as stand
 
     federation, console = _load(file, check_files=True), _console()
+    _tell_custody(federation)
     store = _rounds(federation)
     slots = _slots(federation, store, rounds)
     exported = stand.export(federation, store) if not slots and store.latest() else None
@@ -150,12 +157,21 @@ def run(
     console.print(f"MLflow: silotune ui {file}", highlight=False, soft_wrap=True)
 
 
+def _tell_custody(federation: Federation) -> None:
+    """Loudly where nothing is signed; one line where this machine holds all keys."""
+    if federation.custody == "none":
+        warning = "security.signing is off: nothing is signed, and whoever can write to the store can forge rounds and models"
+        typer.echo(typer.style(warning, fg="red", bold=True), err=True)
+    elif federation.custody == "local":
+        typer.echo("custody: local; every party's key is made and held on this machine (see `silotune keys`)", err=True)
+
+
 def _slots(federation: Federation, store: Rounds, asked: int | None) -> int:
     """How many rounds to work on: at most those that are left."""
     commits = list(store.commits())
     if commits and commits[-1].converged and federation.rounds.until:
         return 0
-    left = max(0, federation.rounds.total - sum(c.outcome == "aggregated" for c in commits))
+    left = max(0, federation.rounds.total - sum(c.counts for c in commits))
     return min(left, asked or federation.rounds.per_run or left)
 
 

@@ -225,7 +225,9 @@ def _rounds_table(shown: list[RoundStatus]) -> RenderableType:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("silos", overflow="ellipsis", no_wrap=True)
     for r in shown:
-        silos = {"initialized": "the base model", "amended": "terms amended"}.get(r.outcome) or _silos(r)
+        silos = {"initialized": "the base model", "amended": "terms amended", "skipped": "skipped", "rolled-back": "rolled back"}.get(
+            r.outcome
+        ) or _silos(r)
         table.add_row(f"{r.round}", number(r.loss) or "…", number(r.perplexity, 2), silos)
     return table
 

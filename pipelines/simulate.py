@@ -83,7 +83,7 @@ class Simulation:
 
     def results(self) -> list[RoundResult]:
         """All committed rounds so far, whoever ran them; round 0 is the initial model."""
-        return [self._result(c.round) for c in self.rounds.commits() if c.outcome != "amended"]
+        return [self._result(c.round) for c in self.rounds.commits() if c.made_global]
 
     def model(self, round_number: int | None = None) -> tuple[Any, Any]:
         """(model, tokenizer) with the global of a round; default: what `export` would choose."""
@@ -102,9 +102,7 @@ class Simulation:
         table = {}
         for name, number in named.items():
             found = self.rounds.evaluations(self.rounds.commit(number).outgoing, "test")
-            table[name] = {silo: e.loss_sum / e.tokens for silo, e in sorted(found.items())} | {
-                "all": pooled(found).get("loss", float("nan"))
-            }
+            table[name] = {silo: e.loss for silo, e in sorted(found.items())} | {"all": pooled(found).get("loss", float("nan"))}
         return table
 
     def export(self) -> Path | str:
@@ -190,9 +188,9 @@ class Simulation:
                 path = self.rounds.fetch_object(commit.outgoing, self._work() / "global.safetensors")
                 model = models.load_with_state(base.folder, agreement.model, open_tensor_file(path).read_all())
             shard = train.open_split(silo_home(self.federation, silo), "valid")
-            known[silo.id] = train.evaluate_split(self.rounds, agreement, model, commit.outgoing, shard, silo.id, "valid", pad)
+            known[silo.id] = train.evaluate_split(self.rounds, agreement, model, commit.outgoing, shard, silo.id, "valid", pad, number)
         total = pooled(known)
-        losses = {silo: e.loss_sum / e.tokens for silo, e in sorted(known.items())}
+        losses = {silo: e.loss for silo, e in sorted(known.items())}
         return RoundResult(number, total["loss"], total["perplexity"], losses, commit.missing, commit.outgoing)
 
     def _commit(self, round_number: int | None) -> Commit:
@@ -230,7 +228,7 @@ class Simulation:
         terms |= {"silos": [{k: v for k, v in s.items() if v is not None} for s in silos]}
         terms["training"] |= training
         terms["rounds"] |= {"quorum": 1, "per_run": None} | ({"total": rounds} if rounds else {})
-        terms |= {"storage": {"root": "./.silotune/store"}, "tracking": {"uri": "none"}}
+        terms |= {"storage": {"root": "./.silotune/store"}, "tracking": {"uri": "none"}, "security": {"signing": False}}
         if terms["data"]["fields"] and name == "centralised":
             terms["data"]["fields"] = {}
         for silo in terms["silos"]:

@@ -22,7 +22,17 @@ from silotune.components.rounds import Commit, Evaluation, Exported, Plan, Round
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+CLOSED = {
+    "amended": "closed without a result, since the terms were amended",
+    "skipped": "skipped, since too few silos delivered; the global stays",
+    "rolled-back": "its global proved worse and is left behind; the next round begins from the best one before",
+}
 SHOWN = 12  # hexadecimal digits of a digest that people see
+
+
+def _finite(value: float | None) -> float | None:
+    """None in place of infinity, which JSON does not have."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -47,9 +57,8 @@ class RoundStatus:
 
     @property
     def perplexity(self) -> float | None:
-        """None, too, where it overflows: JSON has no infinity."""
-        found = None if self.loss is None else perplexity(self.loss)
-        return found if found is not None and math.isfinite(found) else None
+        """None, too, where it overflows."""
+        return None if self.loss is None else _finite(perplexity(self.loss))
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -57,7 +66,7 @@ class RoundStatus:
             "committed": self.committed,
             "participants": self.participants,
             "missing": self.missing,
-            "global": {"loss": self.loss, "perplexity": self.perplexity, "sha256": self.sha256},
+            "global": {"loss": _finite(self.loss), "perplexity": self.perplexity, "sha256": self.sha256},
             "bytes": {"up": self.bytes_up, "down": self.bytes_down},
         }
 
@@ -91,7 +100,7 @@ def status(federation: Federation, rounds: Rounds) -> Status:
 
 def round_status(federation: Federation, rounds: Rounds, commit: Commit, latest: int) -> RoundStatus:
     """A committed round; ``latest`` is the number of the highest commit."""
-    scores = {} if commit.outcome == "amended" else rounds.evaluations(commit.outgoing, "valid")
+    scores = {} if not commit.made_global else rounds.evaluations(commit.outgoing, "valid")
     return RoundStatus(
         round=commit.round,
         committed=True,
@@ -100,7 +109,7 @@ def round_status(federation: Federation, rounds: Rounds, commit: Commit, latest:
         missing=commit.missing,
         sha256=commit.outgoing,
         scores=scores,
-        evaluated=bool(scores) and (commit.round < latest or len(scores) >= federation.quorum),
+        evaluated=bool(scores) and (commit.round < latest or len(scores) >= federation.quorum.count),
         bytes_up=commit.bytes_up,
         bytes_down=commit.bytes_down,
         seconds=commit.at - commit.started if commit.outcome == "aggregated" else None,
@@ -108,7 +117,7 @@ def round_status(federation: Federation, rounds: Rounds, commit: Commit, latest:
 
 
 def _open(rounds: Rounds, plan: Plan) -> RoundStatus:
-    delivered = rounds.updates(plan.round)
+    delivered, _ = rounds.updates(plan.round)
     attempts = rounds.attempts(plan.round)
     known: dict[str, str] = {}
     for attempt in attempts:
@@ -174,14 +183,10 @@ def comparison(federation: Federation, rounds: Rounds) -> Comparison | None:
         federated = rounds.evaluations(commit.outgoing, split)
         both = sorted(base.keys() & federated.keys())
         if both:
-            rows = [(s, _loss(base[s]), _loss(federated[s])) for s in both]
+            rows = [(s, base[s].loss, federated[s].loss) for s in both]
             pools = [pooled({s: scores[s] for s in both})["loss"] for scores in (base, federated)]
             return Comparison(split, commit.round, [*rows, ("all", pools[0], pools[1])])
     return None
-
-
-def _loss(evaluation: Evaluation) -> float:
-    return evaluation.loss_sum / evaluation.tokens
 
 
 # For people
@@ -212,8 +217,8 @@ def status_table(found: Status, participants: int) -> RenderableType:
 def notes(found: Status) -> Iterator[str]:
     """What a table has no room for: who is missing and why, and where the export is."""
     for r in found.rounds:
-        if r.outcome == "amended":
-            yield f"round {r.round}: closed without a result, since the terms were amended"
+        if r.outcome in CLOSED:
+            yield f"round {r.round}: {CLOSED[r.outcome]}"
         for why, silos in groupby(sorted(r.missing, key=lambda s: (r.missing[s], s)), key=lambda s: r.missing[s]):
             yield f"round {r.round}: {', '.join(silos)}: {why}"
     if found.rounds:
@@ -244,7 +249,7 @@ def _silo_table(r: RoundStatus) -> RenderableType:
     for name in ("loss", "perplexity", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for silo, score in sorted(r.scores.items()):
-        table.add_row(silo, number(_loss(score)), number(perplexity(_loss(score)), 2), f"{score.tokens}")
+        table.add_row(silo, number(score.loss), number(perplexity(score.loss), 2), f"{score.tokens}")
     return table
 
 

@@ -1,25 +1,32 @@
 """aggregate: check what the silos delivered, apply the quorum, average, commit the round and open the next one.
 
-python -m silotune.components.aggregate.step FEDERATION "round:1 attempt:1" "north ok" "south failed: disk full"
+Nothing is committed that has not passed the guards: the quorum, a positive total weight, norms within the usual band, data cursors that moved
+on, a global that changed. A round that began from a global which turns out to be bad is rolled back. What was found stands in the commit.
+
+    python -m silotune.components.aggregate.step FEDERATION "round:1 attempt:1" "north ok" "south failed: disk full"
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from silotune.components import child, opening, tracking
-from silotune.components.errors import RefusedError, SilotuneError
+from silotune.components import audit, child, opening, tracking
+from silotune.components.errors import QuorumError, RefusedError, SilotuneError
 from silotune.components.federation import Agreement, Federation
-from silotune.components.learning.aggregation import weigh, weighted_mean
+from silotune.components.keys import verify
+from silotune.components.learning.aggregation import Mean, norm_outliers, weigh, weighted_mean
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.learning.update import Expectation, Update, UpdateRefused, open_update
 from silotune.components.object_store import ObjectMissing
 from silotune.components.progress import tell
-from silotune.components.rounds import Commit, Contribution, Plan, Rounds, Turn, UpdateManifest
+from silotune.components.rounds import Commit, Contribution, CorruptObject, Plan, Rounds, Turn, UpdateManifest
 from silotune.components.silo_job import parse_status
+
+RECENT = 5  # rounds whose norms say what is usual
 
 
 def run(federation: str, turn: str, statuses: list[str]) -> str:
@@ -44,7 +51,8 @@ def work(federation_file: str, turn_text: str, *statuses: str) -> str:
     if latest is None or latest.round < turn.round - 1:
         raise RefusedError(f"round {turn.round} cannot be committed: the highest commit is {latest.round if latest else 'none'}; run again")
     if latest.round < turn.round:
-        latest = _commit(federation, rounds, latest, turn, statuses)
+        latest = rounds.write_commit(_close(federation, rounds, latest, turn, statuses))
+    audit.sync(rounds)
     try:
         tracking.sync(federation, rounds)
     except SilotuneError as error:  # the commit stands; metrics can be made from it at any time
@@ -52,68 +60,133 @@ def work(federation_file: str, turn_text: str, *statuses: str) -> str:
     return opening.open_next(federation, rounds, latest, rounds.agreement(latest.agreement), {}).text
 
 
-def _commit(federation: Federation, rounds: Rounds, latest: Commit, turn: Turn, statuses: tuple[str, ...]) -> Commit:
+def _close(federation: Federation, rounds: Rounds, latest: Commit, turn: Turn, statuses: tuple[str, ...]) -> Commit:
+    """The commit that ends the open round."""
     plan = rounds.plan(turn.round)
     if plan is None:
         raise RefusedError(f"round {turn.round} was never opened; run again")
     agreement = rounds.agreement(plan.agreement)
-    manifests = rounds.updates(turn.round)
-    missing = _absent(rounds, plan, manifests, turn, statuses)
+    if bad := _bad_global(federation, rounds, latest):
+        tell("aggregate", "warned", detail=bad)
+        return _rolled_back(federation, rounds, latest, plan, agreement, turn)
+    try:
+        return _aggregated(federation, rounds, latest, plan, agreement, turn, statuses)
+    except QuorumError as error:
+        if federation.rounds.on_missing_quorum == "fail":
+            raise
+        tell("aggregate", "warned", detail=f"round {turn.round} is skipped: {error}")
+        manifests, _ = rounds.updates(turn.round)
+        missing = _absent(rounds, plan, manifests, turn, statuses)
+        return opening.without_result("skipped", federation, latest, plan, agreement, turn.attempt, missing)
+
+
+def _bad_global(federation: Federation, rounds: Rounds, latest: Commit) -> str:
+    """Why the global that the open round began from must be left behind, now that the silos have scored it; "" where it need not."""
+    maker = next(c for n in range(latest.round, -1, -1) if (c := rounds.commit(n)).made_global and c.outgoing == latest.outgoing)
+    if maker.round == 0:
+        return ""
+    found = rounds.evaluations(maker.outgoing, "valid")
+    if len([e for e in found.values() if e.loss_sum is None]) * 2 > len(found):
+        return f"the global of round {maker.round} has no finite loss in most silos, and is left behind"
+    if federation.rounds.rollback is None:
+        return ""
+    before = rounds.evaluations(rounds.commit(latest.best).outgoing, "valid")
+    pair = opening.compare(found, before, "loss")
+    if pair is None or pair[0] <= pair[1] + federation.rounds.rollback.max_loss_increase:
+        return ""
+    return (
+        f"the global of round {maker.round} has a validation loss of {pair[0]:.4f}, {pair[0] - pair[1]:.4f} above round {latest.best}'s; "
+        f"rounds.rollback allows {federation.rounds.rollback.max_loss_increase:g}, so it is left behind"
+    )
+
+
+def _rolled_back(federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, agreement: Agreement, turn: Turn) -> Commit:
+    """The next round begins from the best global so far; what was trained from the bad one is dropped."""
+    good = rounds.commit(latest.best)
+    return Commit(
+        round=turn.round, outcome="rolled-back", custody=federation.custody, agreement=plan.agreement, plan=plan.digest, attempt=turn.attempt,
+        contributions={}, missing={}, previous=latest.digest, incoming=plan.incoming, outgoing=good.outgoing, back_to=good.round,
+        best=good.round, learning_rate=plan.learning_rate, server_state=good.server_state, started=_started(rounds, turn), at=time.time(),
+    )  # fmt: skip
+
+
+def _aggregated(
+    federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, agreement: Agreement, turn: Turn, statuses: tuple[str, ...]
+) -> Commit:
+    manifests, disbelieved = rounds.updates(turn.round)
+    for silo, why in disbelieved.items():
+        tell("aggregate", "warned", silo, detail=why)
+        if silo in plan.participants:
+            rounds.refuse_update(turn.round, silo, "its manifest is not the silo's", resend=False)
+    missing = _absent(rounds, plan, manifests, turn, statuses) | {
+        silo: "refused: its manifest is not the silo's" for silo in disbelieved if silo in plan.participants
+    }
     with tempfile.TemporaryDirectory(dir=federation.work) as folder:
-        incoming = rounds.fetch_object(plan.incoming, Path(folder) / "incoming.safetensors")
+        incoming = fetch_global(rounds, latest, Path(folder) / "incoming.safetensors")
         accepted: dict[str, Update] = {}
         for silo, manifest in sorted(manifests.items()):
             try:
                 accepted[silo] = _fetch(rounds, plan, agreement, silo, manifest, Path(folder))
             except (RefusedError, ObjectMissing) as error:
-                missing[silo] = _refusal(silo, error)
+                missing[silo] = _refuse(rounds, turn, silo, error)
+        for silo, rule in _norm_outliers(federation, rounds, latest, plan, accepted).items():
+            missing[silo] = _refuse(rounds, turn, silo, UpdateRefused(silo, rule, "look into its records and learning rate"))
+            del accepted[silo]
+        out = Path(folder) / "outgoing.safetensors"
         while True:
-            opening.require_quorum(federation, f"round {turn.round} stays open", sorted(accepted), missing)
+            share = opening.share_trained(plan, agreement, {silo: u.header.examples for silo, u in accepted.items()})
+            opening.require_quorum(federation, f"round {turn.round} stays open", sorted(accepted), missing, share)
             weights = weigh(accepted, agreement.aggregation.weights)
-            out = Path(folder) / "outgoing.safetensors"
             try:
-                weighted_mean(open_tensor_file(incoming), accepted, weights, out)
+                mean = weighted_mean(open_tensor_file(incoming), accepted, weights, out)
                 break
             except UpdateRefused as error:  # found late: start over without that silo
                 del accepted[error.silo]
-                missing[error.silo] = _refusal(error.silo, error)
+                missing[error.silo] = _refuse(rounds, turn, error.silo, error)
         outgoing = rounds.put_object(out)
     contributions = {
         silo: Contribution(
             manifest=(m := manifests[silo]).digest, object=m.object, bytes=m.bytes, weight=weights[silo], examples=u.header.examples,
-            tokens=u.header.tokens, steps=u.header.steps, cursor=u.header.cursor, norm=u.header.norm,
+            tokens=u.header.tokens, steps=u.header.steps, cursor=u.header.cursor, norm=mean.norms[silo],
         )
         for silo, u in accepted.items()
     }  # fmt: skip
+    scores = opening.judged(rounds)
     until = federation.rounds.until
-    values = [value for _, value in opening.history(rounds, until.metric)] if until else []
-    attempts = rounds.attempts(turn.round)
-    return rounds.write_commit(
-        Commit(
-            round=turn.round,
-            outcome="aggregated",
-            agreement=plan.agreement,
-            plan=plan.digest,
-            attempt=turn.attempt,
-            contributions=contributions,
-            missing=missing,
-            previous=latest.digest,
-            incoming=plan.incoming,
-            outgoing=outgoing,
-            converged=bool(until and opening.has_converged(values, until)),
-            bytes_up=sum(c.bytes for c in contributions.values()),
-            bytes_down=len(contributions) * rounds.object_size(plan.incoming),
-            started=attempts[0].at if attempts else time.time(),
-            at=time.time(),
-        )
+    best = opening.best_of(scores)
+    return Commit(
+        round=turn.round,
+        outcome="aggregated",
+        custody=federation.custody,
+        agreement=plan.agreement,
+        plan=plan.digest,
+        attempt=turn.attempt,
+        contributions=contributions,
+        missing=missing,
+        previous=latest.digest,
+        incoming=plan.incoming,
+        outgoing=outgoing,
+        best=latest.round if best is None else best,
+        learning_rate=plan.learning_rate,
+        guards=_guards(plan, outgoing, contributions, mean),
+        converged=bool(until and opening.has_converged(scores, until)),
+        bytes_up=sum(c.bytes for c in contributions.values()),
+        bytes_down=len(contributions) * rounds.object_size(plan.incoming),
+        started=_started(rounds, turn),
+        at=time.time(),
     )
+
+
+def _started(rounds: Rounds, turn: Turn) -> float:
+    attempts = rounds.attempts(turn.round)
+    return attempts[0].at if attempts else time.time()
 
 
 def _absent(rounds: Rounds, plan: Plan, manifests: dict[str, UpdateManifest], turn: Turn, statuses: tuple[str, ...]) -> dict[str, str]:
     """Why each participant without an update has none: its report, else its task's status, else why it was not asked."""
-    said = {silo: f"{status}: {reason}" for silo, status, reason in map(parse_status, statuses)}
+    said = {silo: f"{status}: {reason}" if reason else status for silo, status, reason in map(parse_status, statuses)}
     reports = {silo: report.text for silo, report in rounds.reports(turn.round, turn.attempt).items()}
-    unasked = {silo: why for a in rounds.attempts(turn.round) if a.attempt == turn.attempt for silo, why in a.missing.items()}
+    unasked = rounds.attempt(turn.round, turn.attempt).missing
     known = {**said, **reports, **unasked}
     return {silo: known.get(silo, "failed: no report came") for silo in plan.participants if silo not in manifests}
 
@@ -122,21 +195,114 @@ def _fetch(rounds: Rounds, plan: Plan, agreement: Agreement, silo: str, manifest
     """Fetch and accept one update. Raises RefusedError or ObjectMissing."""
     if silo not in plan.participants:
         raise UpdateRefused(silo, "it was not asked", "wait for a plan that names it")
-    participant = plan.participants[silo]
-    expected = Expectation(
-        federation=rounds.federation, agreement=plan.agreement, plan=plan.digest, base=plan.base, accepted=tuple(plan.accepted), silo=silo,
-        cursor=participant.cursor, codec=agreement.communication.codec, schema=rounds.json_object(participant.tensors),
-    )  # fmt: skip
-    if rounds.object_size(manifest.object) > expected.most_bytes:
+    expected = expectation(rounds, plan, agreement, silo)
+    if rounds.object_size(manifest.object, silo) > expected.most_bytes:
         raise UpdateRefused(
             silo, f"its object is larger than the {expected.most_bytes} bytes that its tensors can take", "send the plan's tensors only"
         )
-    return open_update(rounds.fetch_object(manifest.object, folder / f"{silo}.safetensors"), expected)
+    return open_update(rounds.fetch_object(manifest.object, folder / f"{silo}.safetensors", silo), expected)
 
 
-def _refusal(silo: str, error: SilotuneError) -> str:
+def expectation(rounds: Rounds, plan: Plan, agreement: Agreement, silo: str) -> Expectation:
+    """What a silo's update must be to answer a plan."""
+    participant = plan.participants[silo]
+    keys = agreement.keys.get(silo, [])
+    return Expectation(
+        federation=rounds.federation, agreement=plan.agreement, plan=plan.digest, base=plan.base, accepted=tuple(plan.accepted), silo=silo,
+        cursor=participant.cursor, codec=agreement.communication.codec, schema=rounds.json_object(participant.tensors),
+        verify=None if agreement.custody == "none" else lambda message, signature: verify(keys, plan.round, message, signature),
+    )  # fmt: skip
+
+
+def _refuse(rounds: Rounds, turn: Turn, silo: str, error: SilotuneError) -> str:
+    """Keep an update out, for good where it is wrong in itself; returns what the commit says of it."""
+    rule = error.rule if isinstance(error, UpdateRefused) else error.reason
     tell("aggregate", "warned", silo, detail=str(error))
-    return f"refused: {error.rule if isinstance(error, UpdateRefused) else error.reason}"
+    damaged = isinstance(error, CorruptObject | ObjectMissing)
+    if isinstance(error, CorruptObject):
+        rounds.store.delete(error.key)  # else the silo could not send it again: what is there, is not written
+    rounds.refuse_update(turn.round, silo, rule, resend=damaged)
+    return f"refused: {rule}"
+
+
+def _norm_outliers(federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, accepted: dict[str, Update]) -> dict[str, str]:
+    band = federation.rounds.guards.norm_band
+    if band is None:
+        return {}
+    recent = [rounds.commit(r) for r in range(max(1, latest.round - RECENT + 1), latest.round + 1)]
+    usual = [c.norm / commit.learning_rate for commit in recent for c in commit.contributions.values()]
+    return norm_outliers({silo: u.header.norm / plan.learning_rate for silo, u in accepted.items()}, usual, band)
+
+
+def _guards(plan: Plan, outgoing: str, contributions: dict[str, Contribution], mean: Mean) -> dict[str, float]:
+    """What was checked, with the values found.
+
+    Raises:
+        RefusedError: the round would be a round in name only.
+    """
+    weight = sum(c.weight for c in contributions.values())
+    standing = [silo for silo, c in contributions.items() if c.cursor <= plan.participants[silo].cursor]
+    problem = ""
+    if not (math.isfinite(weight) and weight > 0):
+        problem = f"the updates' total weight is {weight}, must be positive"
+    elif outgoing == plan.incoming or not mean.change > 0:
+        problem = "the updates leave the global as it was; raise training.learning_rate"
+    elif standing:
+        problem = f"the data cursor of {', '.join(standing)} has not moved on"
+    if problem:
+        raise RefusedError(f"round {plan.round} stays open: {problem}", "guard")
+    return {
+        "weight": weight,
+        "examples": float(sum(c.examples for c in contributions.values())),
+        "change": mean.change,
+        "least norm": min(mean.norms.values()),
+        "greatest norm": max(mean.norms.values()),
+    }
+
+
+def fetch_global(rounds: Rounds, commit: Commit, path: Path) -> Path:
+    """The global that a commit made; where the store has lost or damaged it, made again from the updates that it was made of.
+
+    Raises:
+        RefusedError: it cannot be made again; the message names it.
+    """
+    try:
+        return rounds.fetch_object(commit.outgoing, path)
+    except (CorruptObject, ObjectMissing) as error:
+        rebuild(rounds, commit, path)
+        tell("aggregate", "warned", detail=f"the global of round {commit.round} was made again from its updates: {error}")
+        return path
+
+
+def rebuild(rounds: Rounds, commit: Commit, path: Path) -> None:
+    """Make a lost global again, and put it where it belongs.
+
+    Raises:
+        RefusedError: an update is gone or damaged as well, or something else comes out.
+    """
+    lost = f"object {commit.outgoing[:12]}…, the global of round {commit.round}, is lost or damaged"
+    maker = next((c for c in rounds.commits() if c.made_global and c.outgoing == commit.outgoing), commit)
+    plan = rounds.plan(maker.round)
+    if plan is None:
+        raise RefusedError(f"{lost}, and nothing is stored that it could be made from; restore it from a backup", "object corrupt")
+    agreement = rounds.agreement(plan.agreement)
+    before = rounds.commit(maker.round - 1)
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        folder = Path(name)
+        incoming = fetch_global(rounds, before, folder / "incoming.safetensors")
+        updates = {}
+        for silo in maker.contributions:
+            try:
+                file = rounds.fetch_object(maker.contributions[silo].object, folder / f"{silo}.safetensors", silo)
+                updates[silo] = open_update(file, expectation(rounds, plan, agreement, silo))
+            except (RefusedError, ObjectMissing) as error:
+                raise RefusedError(
+                    f"{lost}, and so is the update of {silo}: {error}; restore one from a backup", "object corrupt"
+                ) from None
+        weighted_mean(open_tensor_file(incoming), updates, {s: c.weight for s, c in maker.contributions.items()}, path)
+    rounds.store.delete(rounds.object_key(commit.outgoing))
+    if (got := rounds.put_object(path)) != commit.outgoing:
+        raise RefusedError(f"{lost}; made again it has the digest {got[:12]}…; restore it from a backup", "object corrupt")
 
 
 if __name__ == "__main__":

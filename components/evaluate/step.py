@@ -8,11 +8,13 @@ Scored on test: the initial global, the best one so far by pooled validation los
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from silotune.components import base_model, opening, silo_job
-from silotune.components.federation import Federation
-from silotune.components.rounds import Rounds, Split
-from silotune.components.silo_job import silo_home, status_text
+from silotune.components import base_model, silo_job
+from silotune.components.federation import Federation, Silo
+from silotune.components.progress import Pulse, beating
+from silotune.components.rounds import Commit, Rounds, Split
+from silotune.components.silo_job import one_at_a_time, silo_home, status_text
 from silotune.components.train.step import check_terms, evaluate_split, open_split
 
 
@@ -30,9 +32,15 @@ def work(federation_file: str, silo_id: str, turn: str) -> str:
     latest = rounds.latest()
     if latest is None or silo_id not in rounds.agreement(latest.agreement).silos:
         return status_text(silo_id, "ok", "nothing to do")
-    agreement = rounds.agreement(latest.agreement)
-    best = opening.best_round(rounds)
-    tested = {rounds.commit(0).outgoing, rounds.commit(best).outgoing, latest.outgoing} if silo.test else set()
+    pulse = Pulse(home, "evaluate", latest.round)
+    with one_at_a_time(home, pulse):
+        return _score(federation, rounds, latest, silo, home, pulse)
+
+
+def _score(federation: Federation, rounds: Rounds, latest: Commit, silo: Silo, home: Path, pulse: Pulse) -> str:
+    silo_id, agreement = silo.id, rounds.agreement(latest.agreement)
+    # The commit names the best by what was known then; the last one is the only other that the last scores can make the best.
+    tested = {rounds.commit(0).outgoing, rounds.commit(latest.best).outgoing, latest.outgoing} if silo.test else set()
     shards = {"valid": open_split(home, "valid")} | ({"test": open_split(home, "test")} if silo.test else {})
     wanted: list[tuple[Split, str]] = [("valid", latest.outgoing), *(("test", g) for g in sorted(tested))]
     wanted = [(split, g) for split, g in wanted if rounds.evaluation(g, silo_id, split, shards[split].digest) is None]
@@ -42,15 +50,17 @@ def work(federation_file: str, silo_id: str, turn: str) -> str:
     from silotune.components.learning import model as models
     from silotune.components.learning.tensor_file import open_tensor_file
 
-    base = base_model.resolve(federation.model.base, home / "base")
+    with beating("loading"):
+        base = base_model.resolve(federation.model.base, home / "base")
     check_terms(federation, agreement, base, silo_id)
     pad = models.pad_id(models.load_tokenizer(base.folder))
     with models.kept():
         for outgoing in dict.fromkeys(g for _, g in wanted):
-            state = open_tensor_file(rounds.fetch_object(outgoing, home / "incoming.safetensors")).read_all()
+            with beating("fetching"):
+                state = open_tensor_file(rounds.fetch_object(outgoing, home / "incoming.safetensors")).read_all()
             model = models.load_with_state(base.folder, agreement.model, state)
             for split in (s for s, g in wanted if g == outgoing):
-                evaluate_split(rounds, agreement, model, outgoing, shards[split], silo_id, split, pad)
+                evaluate_split(rounds, agreement, model, outgoing, shards[split], silo_id, split, pad, latest.round, pulse)
     return status_text(silo_id, "ok")
 
 

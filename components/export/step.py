@@ -11,7 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from silotune.components import base_model, child, opening, tracking
+from silotune.components import audit, base_model, child, opening, tracking
+from silotune.components.aggregate.step import fetch_global
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.progress import tell
@@ -42,6 +43,7 @@ def work(federation_file: str, turn_text: str, *statuses: str) -> str:
     number = opening.best_round(rounds) if federation.export.select == "best" else latest.round
     commit = rounds.commit(number)
     exported = rounds.export(_export_id(commit, federation)) or _export(federation, rounds, commit)
+    audit.record_export(rounds, exported, commit.at)
     tracking.record_export(federation, rounds, exported, finished=bool(Turn.parse(turn_text).done))
     return exported.location
 
@@ -55,7 +57,7 @@ def _export(federation: Federation, rounds: Rounds, commit: Commit) -> Exported:
     base = base_model.resolve(federation.model.base, federation.work / "base")
     with tempfile.TemporaryDirectory(dir=federation.work) as name:
         folder = Path(name)
-        incoming = rounds.fetch_object(commit.outgoing, folder / ".global.safetensors")
+        incoming = fetch_global(rounds, commit, folder / ".global.safetensors")
         out = folder / "model"
         out.mkdir()
         save_model(federation, agreement, base, incoming, out)
@@ -110,7 +112,7 @@ def card(federation: Federation, rounds: Rounds, commit: Commit, base: base_mode
             found = rounds.evaluations(outgoing, split)
             if found:
                 rows.append(f"| {label} | {split} | all | {pooled(found)['loss']:.4f} | {pooled(found)['perplexity']:.2f} |")
-                losses = ((s, e.loss_sum / e.tokens) for s, e in sorted(found.items()))
+                losses = ((s, e.loss) for s, e in sorted(found.items()))
                 rows += [f"| {label} | {split} | {silo} | {loss:.4f} | {perplexity(loss):.2f} |" for silo, loss in losses]
     front = ["---", "library_name: " + ("peft" if agreement.model["method"] == "lora" and not federation.export.merge else "transformers")]
     front += ["tags: [federated-learning, silotune]", "---"]

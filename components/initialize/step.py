@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from silotune.components import base_model, child, opening, tracking
+from silotune.components import audit, base_model, child, keys, opening, tracking
 from silotune.components.errors import FederationError
 from silotune.components.federation import Agreement, Federation
 from silotune.components.rounds import Commit, Rounds
@@ -31,10 +31,11 @@ def work(federation_file: str, *statuses: str) -> str:
         UnreachableError: the store or the tracking server.
     """
     federation = Federation.load(federation_file)
+    keys.ensure(federation)
     rounds = Rounds.of(federation)
     rounds.store.check()
     base = base_model.resolve(federation.model.base, federation.work / "base")
-    missing = _unready(base, statuses)
+    missing = _unready(federation, base, statuses)
     ready = [s for s in federation.silo_ids if s not in missing]
     opening.require_quorum(federation, "to begin", ready, missing)
     agreement = federation.agreement(base.digest, base.tokenizer)
@@ -43,17 +44,20 @@ def work(federation_file: str, *statuses: str) -> str:
     if latest is None:
         latest = rounds.write_commit(_initial(rounds, base, agreement, federation))
     _require_same_federation(federation, rounds, latest, agreement)
+    audit.sync(rounds)
     tracking.sync(federation, rounds)
     return opening.open_next(federation, rounds, latest, agreement, missing).text
 
 
-def _unready(base: base_model.Base, statuses: tuple[str, ...]) -> dict[str, str]:
+def _unready(federation: Federation, base: base_model.Base, statuses: tuple[str, ...]) -> dict[str, str]:
     """Silos that cannot take part in this run, and why."""
     missing = {}
+    if federation.security.signing:
+        missing = {silo: "refused: no signing key" for silo in federation.silo_ids if silo not in federation.public_keys}
     for text in statuses:
         silo, status, said = parse_status(text)
         if status != "ok":
-            missing[silo] = f"{status}: {said}"
+            missing[silo] = f"{status}: {said}" if said else status
             continue
         got = dict(word.split(":", 1) for word in said.split())
         if got != {"base": base.digest, "tokenizer": base.tokenizer}:
@@ -77,7 +81,7 @@ def _initial(rounds: Rounds, base: base_model.Base, agreement: Agreement, federa
         write_tensor_file(path, {n: a.shape for n, a in state.items()}, "F32", encoded, {"format": "pt"})
         outgoing = rounds.put_object(path)
     return Commit(
-        round=0, outcome="initialized", agreement=agreement.digest, plan=None, attempt=0, contributions={}, missing={}, previous=None,
+        round=0, outcome="initialized", custody=federation.custody, best=0, agreement=agreement.digest, plan=None, attempt=0, contributions={}, missing={}, previous=None,
         incoming=None, outgoing=outgoing, started=began, at=time.time(),
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from silotune.components.learning.batches import batches, stream
 from silotune.components.learning.tokens import Shard
-from silotune.components.learning.training import NonFiniteLoss, target_logits
+from silotune.components.learning.training import target_logits
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ def chosen(shard: Shard, max_examples: int | None, *seed: object) -> np.ndarray:
     return np.sort(stream(len(shard), 0, max_examples, *seed))
 
 
-def evaluate(model: Any, shard: Shard, indices: np.ndarray, batch_size: int, max_length: int, pad: int) -> Score:
-    """Score a model on some examples of a shard.
+def evaluate(
+    model: Any, shard: Shard, indices: np.ndarray, batch_size: int, max_length: int, pad: int, on_batch: Callable[[], None] | None = None
+) -> Score:
+    """Score a model on some examples of a shard; the loss of a broken one is not finite, which is for the caller to judge.
 
-    Raises:
-        NonFiniteLoss: the loss is not finite.
+    Args:
+        on_batch: called after each batch.
     """
     import torch
     from accelerate import PartialState
@@ -56,6 +58,6 @@ def evaluate(model: Any, shard: Shard, indices: np.ndarray, batch_size: int, max
                 loss_sum += float(losses.double().sum())
                 correct += int((logits.argmax(-1) == wanted).sum())
                 tokens += batch.tokens
-    if not math.isfinite(loss_sum):
-        raise NonFiniteLoss("in evaluation")
+                if on_batch:
+                    on_batch()
     return Score(len(indices), tokens, loss_sum, correct)

@@ -9,18 +9,21 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from silotune.components import base_model, silo_job
 from silotune.components.errors import FederationError
-from silotune.components.federation import Federation, Silo, canonical_json, is_remote
+from silotune.components.federation import Federation, Silo, canonical_json
+from silotune.components.federation_file import is_remote
 from silotune.components.learning.batches import stream
 from silotune.components.learning.records import read_records
 from silotune.components.object_store import open_store
+from silotune.components.progress import Pulse, beating
 from silotune.components.rounds import file_digest
-from silotune.components.silo_job import silo_home
+from silotune.components.silo_job import one_at_a_time, silo_home
 
 
 def run(federation: str, silo: str) -> str:
@@ -33,16 +36,25 @@ def work(federation_file: str, silo_id: str) -> str:
     federation = Federation.load(federation_file)
     silo = federation.silo(silo_id)
     home = silo_home(federation, silo)
+    pulse = Pulse(home, "preprocess", 0)
+    with one_at_a_time(home, pulse):
+        return _make_shards(federation, silo, home, pulse)
+
+
+def _make_shards(federation: Federation, silo: Silo, home: Path, pulse: Pulse) -> str:
+    silo_id = silo.id
     (home / "data.json").unlink(missing_ok=True)  # if this fails, no later box may work on what was there before
-    base = base_model.resolve(federation.model.base, home / "base")
+    with beating("fetching"):
+        base = base_model.resolve(federation.model.base, home / "base")
     index = {}
     for split, source, part in _sources(silo):
         try:
-            path = _local(source, home / "incoming")
+            with beating("fetching"):
+                path = _local(source, home / "incoming")
             key = _key(federation, base.tokenizer, path, part)
             folder = home / "shards" / split / key[:32]
             if not (folder / "shard.json").exists():
-                _make(federation, silo_id, base.folder, path, part, split, folder)
+                _make(federation, silo_id, base.folder, path, part, split, folder, pulse)
         except FederationError as error:
             raise FederationError(f"silo {silo_id!r}: {split}: {error}") from None
         index[split] = str(folder.relative_to(home))
@@ -98,7 +110,7 @@ def _key(federation: Federation, tokenizer: str, path: Path, part: str) -> str:
     return hashlib.sha256(canonical_json([terms, contents])).hexdigest()
 
 
-def _make(federation: Federation, silo: str, base: Path, path: Path, part: str, split: str, folder: Path) -> None:
+def _make(federation: Federation, silo: str, base: Path, path: Path, part: str, split: str, folder: Path, pulse: Pulse) -> None:
     from silotune.components.learning.model import load_tokenizer
     from silotune.components.learning.tokens import Tokeniser, write_shard
 
@@ -112,7 +124,14 @@ def _make(federation: Federation, silo: str, base: Path, path: Path, part: str, 
             raise FederationError(f"{path.name}: one record cannot be split; give the silo a valid file or more records")
         records = (r for i, r in enumerate(islice(records, count)) if (i in chosen) == (part == "aside"))
     tokeniser = Tokeniser(load_tokenizer(base), data.template, data.max_length, data.long_examples)
-    write_shard(folder, records, tokeniser, path.name)
+    write_shard(folder, _beating(records, pulse, split), tokeniser, path.name)
+
+
+def _beating(records: Iterable[Any], pulse: Pulse, split: str) -> Iterator[Any]:
+    """The records, with a sign of life as they pass."""
+    for record in records:
+        pulse.beat(split)
+        yield record
 
 
 if __name__ == "__main__":

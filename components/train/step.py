@@ -5,20 +5,29 @@ python -m silotune.components.train.step FEDERATION SILO "round:1 attempt:1"
 
 from __future__ import annotations
 
+import hashlib
+import math
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from silotune.components import base_model, silo_job
 from silotune.components.errors import FederationError, RefusedError
-from silotune.components.federation import Agreement, Federation
-from silotune.components.progress import Pulse
+from silotune.components.federation import Agreement, Federation, canonical_json
+from silotune.components.learning.tensor_file import MalformedFile
+from silotune.components.learning.update import Codec, Header, read_header, write_update
+from silotune.components.progress import Pulse, beating
 from silotune.components.rounds import Evaluation, Plan, Report, Rounds, Split, Turn, UpdateManifest
-from silotune.components.silo_job import silo_home, status_text
+from silotune.components.silo_job import one_at_a_time, silo_home, status_text, time_left
 
 if TYPE_CHECKING:
     from silotune.components.learning.tokens import Shard
+
+CHECKPOINT = "checkpoint.safetensors"
+RESERVE = 0.1  # of the deadline, kept for sending
 
 
 def run(federation: str, silo: str, turn: str) -> str:
@@ -38,57 +47,101 @@ def work(federation_file: str, silo_id: str, turn_text: str) -> str:
     if turn.done:
         return status_text(silo_id, "ok", "nothing to do")
     home = silo_home(federation, federation.silo(silo_id))
-    plan = rounds.plan(turn.round)
-    if plan is None or silo_id not in plan.participants:
-        raise RefusedError(f"silo {silo_id!r}: round {turn.round} does not ask it; wait for a plan that does", "not a participant")
-    for attempt in rounds.attempts(turn.round):
-        if attempt.attempt == turn.attempt and silo_id in attempt.missing:
-            raise RefusedError(f"silo {silo_id!r}: was not ready when this attempt began; run again once it is", attempt.missing[silo_id])
-    if rounds.update(turn.round, silo_id) is None:
-        agreement = rounds.agreement(plan.agreement)
-        manifest = _train(federation, rounds, plan, agreement, silo_id, home)
+    pulse = Pulse(home, "train", turn.round)
+    with one_at_a_time(home, pulse):
+        plan = rounds.plan(turn.round)
+        if plan is None or silo_id not in plan.participants:
+            raise RefusedError(f"silo {silo_id!r}: round {turn.round} does not ask it; wait for a plan that does", "not a participant")
+        if why := rounds.attempt(turn.round, turn.attempt).missing.get(silo_id):
+            raise RefusedError(f"silo {silo_id!r}: was not ready when this attempt began; run again once it is", why)
+        if rounds.update(turn.round, silo_id) is not None:  # delivered already, by an earlier attempt or another run
+            return status_text(silo_id, "ok")
+        manifest = _send_again(rounds, plan, silo_id, home) or _train(federation, rounds, plan, silo_id, home, pulse)
+        if isinstance(manifest, str):
+            rounds.write_report(Report(round=turn.round, attempt=turn.attempt, silo=silo_id, status="late", reason=manifest))
+            return status_text(silo_id, "late", manifest)
         rounds.write_report(_report(turn, rounds.write_update(manifest), time.monotonic() - began, rounds.object_size(plan.incoming)))
+        (home / CHECKPOINT).unlink(missing_ok=True)
     return status_text(silo_id, "ok")
 
 
-def _train(federation: Federation, rounds: Rounds, plan: Plan, agreement: Agreement, silo_id: str, home: Path) -> UpdateManifest:
+def _send_again(rounds: Rounds, plan: Plan, silo_id: str, home: Path) -> UpdateManifest | None:
+    """The update that was made for this plan, sent once more, where the aggregator found its bytes damaged; else None."""
+    refusal = rounds.refusal(plan.round, silo_id)
+    path = home / "update.safetensors"
+    if refusal is None or not refusal.resend or not path.exists():
+        return None
+    with suppress(MalformedFile):
+        header = read_header(path)
+        if header.plan == plan.digest:
+            return _manifest(rounds, plan, header, path)
+    return None
+
+
+def _train(federation: Federation, rounds: Rounds, plan: Plan, silo_id: str, home: Path, pulse: Pulse) -> UpdateManifest | str:
+    """The manifest of a new update, or how far the silo came where it is late."""
     import torch
 
     from silotune.components.learning import model as models
     from silotune.components.learning import training
     from silotune.components.learning.batches import seed_of
+    from silotune.components.learning.checkpoint import Checkpoint
     from silotune.components.learning.tensor_file import open_tensor_file
-    from silotune.components.learning.update import Codec, Header, write_update
 
-    base = base_model.resolve(federation.model.base, home / "base")
-    check_terms(federation, agreement, base, silo_id)
+    agreement = rounds.agreement(plan.agreement)
+    with beating("loading"):
+        base = base_model.resolve(federation.model.base, home / "base")
+        check_terms(federation, agreement, base, silo_id)
+        pad = models.pad_id(models.load_tokenizer(base.folder))
+        before = open_tensor_file(rounds.fetch_object(plan.incoming, home / "incoming.safetensors")).read_all()
+        model = models.load_with_state(base.folder, agreement.model, before)
     terms = agreement.training_of(silo_id)
-    max_length = agreement.data["max_length"]
-    tokenizer = models.load_tokenizer(base.folder)
-    pad = models.pad_id(tokenizer)
-    before = open_tensor_file(rounds.fetch_object(plan.incoming, home / "incoming.safetensors")).read_all()
-    model = models.load_with_state(base.folder, agreement.model, before)
-
-    evaluate_split(rounds, agreement, model, plan.incoming, open_split(home, "valid"), silo_id, "valid", pad)
+    score = evaluate_split(rounds, agreement, model, plan.incoming, open_split(home, "valid"), silo_id, "valid", pad, plan.round, pulse)
+    if score.loss_sum is None:
+        raise training.NonFiniteLoss("of the incoming global")
     shard = open_split(home, "train")
     stretch = training.Stretch((agreement.federation, terms.seed, silo_id), plan.participants[silo_id].cursor)
-    torch.manual_seed(seed_of(plan.agreement, plan.round, silo_id, "dropout"))
-    pulse = Pulse(home, "train", plan.round)
-    trained = training.train(model, shard, stretch, terms, plan.learning_rate, max_length, pad, pulse)
+    torch.manual_seed(seed_of(agreement.federation, terms.seed, plan.round, silo_id, "dropout"))
+    # What a killed training resumes from holds only where nothing has changed that it depends on.
+    identity = hashlib.sha256(canonical_json([plan.digest, silo_id, shard.digest])).hexdigest()
+    checkpoint = Checkpoint(home / CHECKPOINT, identity, federation.rounds.checkpoint_every)
+    max_length = agreement.data["max_length"]
+    trained = training.train(
+        model, shard, stretch, terms, plan.learning_rate, max_length, pad, pulse, checkpoint=checkpoint, stop=_deadline(federation)
+    )
+    if trained.steps < federation.rounds.min_fraction * terms.steps:
+        return f"{trained.steps} of {terms.steps} steps"
     delta = training.update_of(before, models.trainable_state(model))
-
     header = Header(
         federation=federation.name, agreement=plan.agreement, round=plan.round, silo=silo_id, plan=plan.digest, base=plan.base,
         incoming=plan.incoming, examples=trained.examples, tokens=trained.tokens, steps=trained.steps, cursor=trained.cursor,
         loss=trained.loss, norm=0.0, codec=Codec(name=agreement.communication.codec), tensors={},
     )  # fmt: skip
     path = home / "update.safetensors"
-    header = write_update(path, header, delta)
+    sign = (lambda message: rounds.sign(silo_id, plan.round, message)) if agreement.custody != "none" else None
+    return _manifest(rounds, plan, write_update(path, header, delta, sign), path)
+
+
+def _manifest(rounds: Rounds, plan: Plan, header: Header, path: Path) -> UpdateManifest:
+    """Put an update file into the store, and say what it is."""
+    with beating("sending"):
+        digest = rounds.put_object(path, header.silo)
     return UpdateManifest(
-        round=plan.round, silo=silo_id, agreement=plan.agreement, plan=plan.digest, incoming=plan.incoming,
-        object=rounds.put_object(path), bytes=path.stat().st_size, examples=header.examples, tokens=header.tokens, steps=header.steps,
-        cursor=header.cursor, codec=header.codec.name, norm=header.norm, loss=header.loss,
+        round=plan.round, silo=header.silo, agreement=plan.agreement, plan=plan.digest, incoming=plan.incoming,
+        object=digest, bytes=path.stat().st_size, examples=header.examples, tokens=header.tokens,
+        steps=header.steps, cursor=header.cursor, codec=header.codec.name, norm=header.norm, loss=header.loss,
     )  # fmt: skip
+
+
+def _deadline(federation: Federation) -> Callable[[int, float], bool]:
+    """Stops a training while there is time left to send what it has: a tenth of the deadline, and one step more."""
+    reserve = RESERVE * (federation.deadline_seconds or 0.0)
+
+    def stop(steps: int, slowest: float) -> bool:
+        left = time_left()
+        return left is not None and left < reserve + slowest
+
+    return stop
 
 
 def check_terms(federation: Federation, agreement: Agreement, base: base_model.Base, silo_id: str) -> None:
@@ -118,9 +171,10 @@ def open_split(home: Path, split: str) -> Shard:
 
 
 def evaluate_split(
-    rounds: Rounds, agreement: Agreement, model: object, outgoing: str, shard: Shard, silo_id: str, split: Split, pad: int
-) -> Evaluation:
-    """Score a global model on one split, unless the store has that score."""
+    rounds: Rounds, agreement: Agreement, model: object, outgoing: str, shard: Shard, silo_id: str, split: Split, pad: int, turn: int,
+    pulse: Pulse | None = None,
+) -> Evaluation:  # fmt: skip
+    """Score a global model on one split, in round ``turn``, unless the store has that score."""
     from silotune.components.learning.evaluation import chosen, evaluate
 
     if known := rounds.evaluation(outgoing, silo_id, split, shard.digest):
@@ -128,16 +182,18 @@ def evaluate_split(
     terms = agreement.evaluation
     most = terms.max_examples if split == "valid" else None
     indices = chosen(shard, most, agreement.federation, agreement.training.seed, silo_id, split)
-    score = evaluate(model, shard, indices, terms.batch_size, agreement.data["max_length"], pad)
+    beat = (lambda: pulse.beat("evaluating")) if pulse else None
+    score = evaluate(model, shard, indices, terms.batch_size, agreement.data["max_length"], pad, beat)
     return rounds.write_evaluation(
         Evaluation(
+            round=turn,
             outgoing=outgoing,
             silo=silo_id,
             split=split,
             split_digest=shard.digest,
             examples=score.examples,
             tokens=score.tokens,
-            loss_sum=score.loss_sum,
+            loss_sum=score.loss_sum if math.isfinite(score.loss_sum) else None,
             correct=score.correct,
             at=time.time(),
         )
