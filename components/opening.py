@@ -44,6 +44,12 @@ def require_quorum(federation: Federation, what: str, present: list[str], missin
     raise kind("\n".join(lines))
 
 
+def has_quorum(federation: Federation, present: list[str], share: float = 1.0) -> bool:
+    """Whether enough silos are there, and have trained on enough."""
+    quorum = federation.quorum
+    return len(present) >= quorum.count and (quorum.weight is None or share >= quorum.weight)
+
+
 def share_trained(plan: Plan, agreement: Agreement, examples: dict[str, int]) -> float:
     """Of the examples that a plan asks of all its silos together, the share that some have trained on."""
     asked = {silo: agreement.training_of(silo) for silo in plan.participants}

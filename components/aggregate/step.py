@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from silotune.components import audit, child, opening, tracking
-from silotune.components.errors import QuorumError, RefusedError, SilotuneError
+from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.federation import Agreement, Federation
 from silotune.components.keys import verify
 from silotune.components.learning.aggregation import Mean, norm_outliers, weigh, weighted_mean
@@ -69,15 +69,7 @@ def _close(federation: Federation, rounds: Rounds, latest: Commit, turn: Turn, s
     if bad := _bad_global(federation, rounds, latest):
         tell("aggregate", "warned", detail=bad)
         return _rolled_back(federation, rounds, latest, plan, agreement, turn)
-    try:
-        return _aggregated(federation, rounds, latest, plan, agreement, turn, statuses)
-    except QuorumError as error:
-        if federation.rounds.on_missing_quorum == "fail":
-            raise
-        tell("aggregate", "warned", detail=f"round {turn.round} is skipped: {error}")
-        manifests, _ = rounds.updates(turn.round)
-        missing = _absent(rounds, plan, manifests, turn, statuses)
-        return opening.without_result("skipped", federation, latest, plan, agreement, turn.attempt, missing)
+    return _aggregated(federation, rounds, latest, plan, agreement, turn, statuses)
 
 
 def _bad_global(federation: Federation, rounds: Rounds, latest: Commit) -> str:
@@ -135,6 +127,9 @@ def _aggregated(
         out = Path(folder) / "outgoing.safetensors"
         while True:
             share = opening.share_trained(plan, agreement, {silo: u.header.examples for silo, u in accepted.items()})
+            if federation.rounds.on_missing_quorum == "skip" and not opening.has_quorum(federation, sorted(accepted), share):
+                tell("aggregate", "warned", detail=f"round {turn.round} is skipped: too few silos delivered")
+                return opening.without_result("skipped", federation, latest, plan, agreement, turn.attempt, missing)
             opening.require_quorum(federation, f"round {turn.round} stays open", sorted(accepted), missing, share)
             weights = weigh(accepted, agreement.aggregation.weights)
             try:
