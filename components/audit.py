@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from silotune.components.errors import RefusedError
 from silotune.components.object_store import ObjectMissing
 from silotune.components.rounds import Commit, Exported, Record, Rounds, highest
 
@@ -24,7 +25,7 @@ class Entry(Record):
     number: int = Field(ge=1)
     previous: str | None = Field(description="Digest of the entry before.")
     kind: Literal["commit", "export", "erasure"]
-    round: int | None = Field(description="The round it is about; null for an erasure, which is about many.")
+    round: int = Field(ge=0, description="The round it is about; of an erasure, the one that was open or next then.")
     commit: str | None = Field(None, description="Digest of the commit, or of the one exported.")
     outgoing: str | None = Field(None, description="Digest of the global.")
     contributions: dict[str, str] = Field(default_factory=dict, description="Silo -> digest of its update file.")
@@ -44,9 +45,8 @@ def key(rounds: Rounds, number: int) -> str:
     return rounds.key("audit", f"{number:06d}.json")
 
 
-def entries(rounds: Rounds) -> Iterator[Entry]:
-    """All entries in order, each with a signature that holds. Raises RefusedError at the first that has none."""
-    number = 1
+def entries(rounds: Rounds, number: int = 1) -> Iterator[Entry]:
+    """The entries from one on, in order, each with a signature that holds. Raises RefusedError at the first that has none."""
     while True:
         try:
             yield rounds.read(Entry, key(rounds, number))
@@ -55,9 +55,13 @@ def entries(rounds: Rounds) -> Iterator[Entry]:
         number += 1
 
 
-def append(rounds: Rounds, entry: Entry) -> Entry:
-    """Put an entry at the log's end, or find that whoever was faster has; its number and predecessor are filled in."""
-    number = highest(lambda n: rounds.store.size(key(rounds, n)) is not None)
+def append(rounds: Rounds, entry: Entry, after: int = 0) -> Entry:
+    """Put an entry at the log's end, or find that whoever was faster has; its number and predecessor are filled in.
+
+    Args:
+        after: number of an entry before which this one does not stand; those behind it are looked through.
+    """
+    number = after or _end(rounds)
     last = rounds.read(Entry, key(rounds, number)) if number else None
     while True:
         number += 1
@@ -67,26 +71,45 @@ def append(rounds: Rounds, entry: Entry) -> Entry:
             return last
 
 
+def _end(rounds: Rounds) -> int:
+    return highest(lambda n: rounds.store.size(key(rounds, n)) is not None)
+
+
 def sync(rounds: Rounds) -> None:
-    """Append the commits that the log does not tell of yet."""
-    number = highest(lambda n: rounds.store.size(key(rounds, n)) is not None)
-    told = -1
+    """Append the commits that the log does not tell of yet.
+
+    Raises:
+        RefusedError: the log tells of a commit that the store does not hold: it was deleted, and going on would make another one.
+    """
+    number = _end(rounds)
+    told, place = -1, 0
     while number and told < 0:
         entry = rounds.read(Entry, key(rounds, number))
-        told = entry.round if entry.kind == "commit" and entry.round is not None else -1
+        if entry.kind == "commit":
+            told, place = entry.round, number
         number -= 1
     latest = rounds.latest()
-    for missing in range(told + 1, latest.round + 1 if latest else 0):
-        append(rounds, of_commit(rounds.commit(missing)))
+    stands = latest.round if latest else -1
+    if told > stands:
+        raise RefusedError(
+            f"{key(rounds, place)}: tells of the commit of round {told}, and the commit of round {stands + 1} is gone; restore it from a "
+            "backup, and look with `silotune verify`"
+        )
+    for missing in range(told + 1, stands + 1):
+        place = append(rounds, of_commit(rounds.commit(missing)), place).number
 
 
 def record_export(rounds: Rounds, exported: Exported, at: float) -> None:
     """Append an export, unless the log tells of it."""
-    if not any(e.kind == "export" and e.location == exported.location for e in entries(rounds)):
-        append(rounds, Entry(
-            number=1, previous=None, kind="export", round=exported.round, commit=exported.commit.removesuffix("-merged"),
-            outgoing=exported.outgoing, location=exported.location, at=at,
-        ))  # fmt: skip
+    place = 0
+    for entry in entries(rounds):
+        if entry.kind == "export" and entry.location == exported.location:
+            return
+        place = entry.number
+    append(rounds, Entry(
+        number=1, previous=None, kind="export", round=exported.round, commit=exported.commit.removesuffix("-merged"),
+        outgoing=exported.outgoing, location=exported.location, at=at,
+    ), place)  # fmt: skip
 
 
 def of_commit(commit: Commit) -> Entry:
@@ -96,5 +119,6 @@ def of_commit(commit: Commit) -> Entry:
     )  # fmt: skip
 
 
-def of_erasure(erased: dict[str, list[str]], reason: str, by: str) -> Entry:
-    return Entry(number=1, previous=None, kind="erasure", round=None, erased=erased, reason=reason, by=by, at=time.time())
+def of_erasure(number: int, erased: dict[str, list[str]], reason: str, by: str) -> Entry:
+    """An erasure in a round, so that a key which is good for earlier rounds only cannot sign it."""
+    return Entry(number=1, previous=None, kind="erasure", round=number, erased=erased, reason=reason, by=by, at=time.time())

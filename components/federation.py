@@ -402,7 +402,7 @@ class Federation(Section):
             return dict(self.security.keys) if self.security.signing else {}
         found = {}
         for party in (COORDINATOR, *self.silo_ids):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # a party without a sound key cannot take part, and is told so
                 found[party] = [PublicKey(public=(self.key_folder(party) / f"{party}.pub").read_text().strip())]
         return found
 

@@ -228,6 +228,12 @@ def _key_contradictions(raw: dict[str, Any]) -> list[str]:
     problems += [f"security.keys.{p}: is required where others have keys; add what `silotune keys new {p}` prints" for p in missing]
     unknown = [k for k in keys if k not in parties]
     problems += [f"security.keys.{k}: is neither {COORDINATOR} nor a silo's id; correct or remove it" for k in unknown]
+    owner: dict[str, str] = {}
+    for party, its in keys.items():
+        entries = its if isinstance(its, list) else [its]
+        for public in {e.get("public") if isinstance(e, dict) else e for e in entries} - {None}:
+            if isinstance(public, str) and owner.setdefault(public, party) != party:
+                problems.append(f"security.keys.{party}: must be the party's own, is also {owner[public]}'s; make a new one")
     return problems
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import os
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,26 +38,44 @@ def new(folder: Path, party: str, *, replace: bool = False) -> str:
     Raises:
         RefusedError: the party has a key there.
     """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _alone(folder):
+        path = folder / f"{party}.pem"
+        if path.exists():
+            if not replace:
+                raise RefusedError(
+                    f"{path}: {party} has a key already; rotate it with --replace, and give both keys their rounds in the file"
+                )
+            path.rename(next(p for n in range(1, 10**6) if not (p := folder / f"{party}.{n}.pem").exists()))
+        return _make(folder, party)
+
+
+def _make(folder: Path, party: str) -> str:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"{party}.pem"
-    if path.exists():
-        if not replace:
-            raise RefusedError(f"{path}: {party} has a key already; rotate it with --replace, and give both keys their rounds in the file")
-        path.rename(next(p for n in range(1, 10**6) if not (p := folder / f"{party}.{n}.pem").exists()))
     private = Ed25519PrivateKey.generate()
     public = text_of(private)
     # The public half first: whoever finds a private key finds its public one as well.
     _write(folder / f"{party}.pub", public.encode() + b"\n", 0o644)
-    _write(path, private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
+    _write(folder / f"{party}.pem", private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()), 0o600)
     return public
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time makes keys in a folder, so that no private key is ever written over."""
+    import fcntl
+
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    scratch.unlink(missing_ok=True)  # of a killed process that had this number; never written into: its mode is not known
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()
@@ -72,18 +91,18 @@ def ensure(federation: Federation) -> None:
     """In local custody, make the keys that are missing. A silo whose storage cannot be written stays without, and cannot take part."""
     if federation.custody != "local":
         return
-    import fcntl
-
     for party in (COORDINATOR, *federation.silo_ids):
         folder = federation.key_folder(party)
         with contextlib.suppress(OSError):
-            if (folder / f"{party}.pem").exists():
+            private, public = folder / f"{party}.pem", folder / f"{party}.pub"
+            if private.exists() and public.exists():
                 continue
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with (folder / ".lock").open("w") as lock:  # two runs that begin together agree on one key
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not (folder / f"{party}.pem").exists():
-                    new(folder, party)
+            with _alone(folder):  # two runs that begin together agree on one key
+                if not private.exists():
+                    _make(folder, party)
+                elif not public.exists():
+                    _write(public, text_of(private_key(private)).encode() + b"\n", 0o644)
 
 
 class Keyring:
@@ -98,16 +117,21 @@ class Keyring:
         Raises:
             FederationError: this machine has no key of the party, or one that the federation file does not name for that round.
         """
-        private = private_key(_key_file(self.federation, party))
-        public = text_of(private)
-        if public not in _usable(self.federation.public_keys.get(party, []), round_number):
-            where = "" if round_number is None else f" for round {round_number}"
-            raise FederationError(
-                f"{party}'s key {public[:20]}… is not among security.keys.{party}{where}; add what `silotune keys show` prints, or give the key "
-                "that is there",
-                "signing key not registered",
-            )
-        return signature(private, message)
+        path = _key_file(self.federation, party)
+        usable = _usable(self.federation.public_keys.get(party, []), round_number)
+        private = private_key(path)
+        if text_of(private) in usable:
+            return _signature(private, message)
+        # One that was rotated out still signs for the rounds that were its own, such as an export of an old global.
+        for aside in sorted(path.parent.glob(f"{party}.*.pem")):
+            if text_of(private := private_key(aside)) in usable:
+                return _signature(private, message)
+        where = "" if round_number is None else f" for round {round_number}"
+        raise FederationError(
+            f"{path}: {party}'s key {text_of(private_key(path))} is not among security.keys.{party}{where}; add it there, or put the private "
+            "half of one that stands there in its place",
+            "signing key not registered",
+        )
 
     def trusts(self, party: str, round_number: int | None, message: bytes, signature: str) -> bool:
         """Whether the federation file has a key of the party, good for that round, that made the signature."""
@@ -116,6 +140,10 @@ class Keyring:
 
 def signature(private: Ed25519PrivateKey, message: bytes) -> str:
     """A signature as records hold it, base64."""
+    return base64.b64encode(private.sign(message)).decode()
+
+
+def _signature(private: Ed25519PrivateKey, message: bytes) -> str:
     return base64.b64encode(private.sign(message)).decode()
 
 
@@ -158,6 +186,7 @@ def private_key(path: Path) -> Ed25519PrivateKey:
 
 @cache
 def _read(path: Path, _: int) -> Ed25519PrivateKey:
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -168,10 +197,12 @@ def _read(path: Path, _: int) -> Ed25519PrivateKey:
             f"{path}: the private key cannot be read: {error.strerror}; make one with `silotune keys new`, or set {FOLDER_VARIABLE}",
             "no signing key",
         ) from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         raise FederationError(f"{path}: is no unencrypted PEM private key; make one with `silotune keys new`", "no signing key") from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise FederationError(f"{path}: must be an Ed25519 key, is {type(key).__name__}", "no signing key")
+        raise FederationError(
+            f"{path}: must be an Ed25519 key, is {type(key).__name__}; make one with `silotune keys new`", "no signing key"
+        )
     return key
 
 

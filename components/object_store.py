@@ -4,8 +4,9 @@ The round protocol stands on one promise, `create`: of all who write the same ke
 for good or not at all. There is no overwriting write: records are created once, tensor files are stored under the digest of their bytes.
 
 Only what every S3 store measured does alike is used (AWS, Ceph, moto): a single PUT with ``If-None-Match: *`` and ``Content-MD5``, ranged
-GET, HEAD, LIST, DELETE, plain multipart upload. Never If-Match, ETags or checksum headers: readers check digests of their own. Credentials,
-region and endpoint come from where boto3 looks (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, a profile, an instance role).
+GET, HEAD, LIST, DELETE, multipart upload. Never If-Match, ETags or checksum headers: readers check digests of their own. All that is new is
+sent with ``If-None-Match: *``, files too, so that a policy may demand it (`pipelines.policies`); a multipart upload does not rest on it.
+Credentials, region and endpoint come from where boto3 looks (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, a profile, an instance role).
 
 Whatever goes wrong leaves as an error of `errors`, with store, rule, value and cure, and without what the server wrote.
 """
@@ -30,6 +31,8 @@ from typing import Any, BinaryIO, Protocol
 from silotune.components.errors import FederationError, SilotuneError, UnreachableError
 
 PART = 16 * 2**20  # bytes that travel in one request
+PARTS = 10_000  # of one upload at most; of a larger file each part is larger
+PATIENCE = 600.0  # seconds after which an answer that keeps breaking off is not asked for again
 CHUNK = 2**20  # bytes copied at a time between files
 STALE = 24 * 3600.0  # seconds after which a temporary file belongs to nobody any more
 TEMPORARY = ".tmp"  # folder in a directory store's root; no key begins with it, so `list` never shows it
@@ -294,22 +297,42 @@ class S3Store:
     def put_file(self, key: str, path: Path) -> None:
         size, source = _open_source(path)
         with source:
-            if self.size(key) == size:
+            found = self.size(key)
+            if found == size:
                 return
+            only_new = {"IfNoneMatch": "*"} if found is None else {}  # what is there with another size is damaged, and replaced
             with self._speaking() as client:
-                if size < PART:
+                if size >= PART:
+                    self._put_parts(client, key, source, size, only_new)
+                elif only_new:
+                    self.create(key, source.read())  # False: another writer of the same bytes was faster
+                else:
                     data = source.read()
                     client.put_object(**self._names(key), Body=data, ContentMD5=_md5(data))
-                    return
-                from boto3.exceptions import S3UploadFailedError
-                from boto3.s3.transfer import TransferConfig
 
-                try:
-                    config = TransferConfig(multipart_threshold=PART, multipart_chunksize=PART)
-                    client.upload_file(str(path), *self._names(key).values(), Config=config)
-                except S3UploadFailedError:
-                    if self.size(key) != size:  # else it is the repeat of a completion whose answer was lost
-                        raise
+    def _put_parts(self, client: Any, key: str, source: BinaryIO, size: int, only_new: dict[str, str]) -> None:
+        """A multipart upload. Nothing shows under the key before its completion, whenever the writer dies."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        names = self._names(key)
+        part = max(PART, -(-size // PARTS))
+        upload = {**names, "UploadId": client.create_multipart_upload(**names)["UploadId"]}
+
+        def send(number: int) -> dict[str, Any]:
+            data = os.pread(source.fileno(), part, (number - 1) * part)
+            answer = client.upload_part(**upload, PartNumber=number, Body=data, ContentMD5=_md5(data))
+            return {"PartNumber": number, "ETag": answer["ETag"]}
+
+        try:
+            with ThreadPoolExecutor(8) as pool:  # 8 parts in memory at most
+                parts = list(pool.map(send, range(1, -(-size // part) + 1)))
+            client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, **only_new)
+        except BaseException as error:
+            with suppress(BotoCoreError, ClientError):  # the error at hand says more
+                client.abort_multipart_upload(**upload)
+            # 404, 412: it is the repeat of a completion whose answer was lost, or another writer of the same bytes was faster
+            if _answer(error)[1] not in (404, 409, 412) or self.size(key) != size:
+                raise
 
     def fetch_file(self, key: str, path: Path) -> None:
         # Ranged reads of our own: boto3's download_file sends If-Match with every part after the first.
@@ -321,6 +344,8 @@ class S3Store:
 
             def copy(start: int) -> None:
                 data = self.get_range(key, start, PART)
+                if len(data) != min(PART, size - start):
+                    raise UnreachableError(f"{self}: object '{key}' must have {size} bytes to its end, ended before; {AGAIN}")
                 with temporary.open("r+b") as file:
                     file.seek(start)
                     file.write(data)
@@ -354,33 +379,51 @@ class S3Store:
         return {"Bucket": self._bucket, "Key": self._prefix + _checked(key)}
 
     def _read(self, client: Any, key: str, **extra: str) -> tuple[dict[str, Any], bytes]:
-        from botocore.exceptions import BotoCoreError
+        from botocore.exceptions import BotoCoreError, ResponseStreamingError
+        from urllib3.exceptions import HTTPError
 
+        patience = time.monotonic() + PATIENCE
         for attempt in range(self._attempts):
             answer = client.get_object(**self._names(key), **extra)
             try:
                 return answer, answer["Body"].read()
-            except BotoCoreError:  # the connection broke within the body: botocore repeats only what breaks before it
-                if attempt + 1 == self._attempts:
-                    raise
+            except (BotoCoreError, HTTPError) as error:  # it broke within the body: botocore repeats only what breaks before it
+                if attempt + 1 == self._attempts or time.monotonic() > patience:
+                    raise error if isinstance(error, BotoCoreError) else ResponseStreamingError(error=type(error).__name__) from error
+            time.sleep(0.1 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
     @contextmanager
     def _speaking(self, reads: str | None = None) -> Iterator[Any]:
         """This process's client. Errors leave translated; where an object is read, "not found" is ObjectMissing."""
-        from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
             yield self._connected()
-        except (BotoCoreError, Boto3Error, ClientError) as error:
-            cause = error.__context__ if isinstance(error, Boto3Error) and _answer(error.__context__)[1] else error  # it hides the answer
-            code, status = _answer(cause)
-            if reads is not None and status == 404 and code != "NoSuchBucket":
+        except (BotoCoreError, ClientError) as error:
+            code, status = _answer(error)
+            missing = (status == 404 and code != "NoSuchBucket") or (reads is not None and status == 403 and self._absent(reads, code))
+            if reads is not None and missing:
                 raise ObjectMissing(reads) from None
-            raise self._explained(code, status, type(cause).__name__) from error
+            raise self._explained(code, status, type(error).__name__) from error
         except OSError as error:
             raise SilotuneError(f"{self}: a local file cannot be read: {error}") from error
+
+    def _absent(self, key: str, code: str) -> bool:
+        """Whether an object that may not be read does not exist: who may not list the bucket gets a 403 for what is missing, too.
+
+        One key may still be listed where the policy says so (`pipelines.policies`). False if that is forbidden as well.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        if code not in ("AccessDenied", "403"):  # 403 is all that a HEAD says; other codes tell of the credentials
+            return False
+        name = self._names(key)["Key"]
+        try:
+            found = self._connected().list_objects_v2(Bucket=self._bucket, Prefix=name, MaxKeys=1).get("Contents", ())
+        except (BotoCoreError, ClientError):
+            return False
+        return all(one["Key"] != name for one in found)
 
     def _connected(self) -> Any:
         """Sockets must not cross a fork, so a child makes a client of its own. Two threads may make one each; the later one stays."""
@@ -404,8 +447,22 @@ class S3Store:
         except ValueError as error:
             endpoint = _without_secrets(_endpoint())
             raise FederationError(f"AWS_ENDPOINT_URL: must be a URL such as https://s3.example.org, got '{endpoint}'") from error
+        client.meta.events.register("needs-retry.s3", self._unless_whole)
         self._client = (os.getpid(), client)
         return client
+
+    def _unless_whole(self, response: tuple[Any, Any] | None, operation: Any, attempts: int, **_: object) -> float | None:
+        """Seconds to the next attempt, where an answer broke off within its headers: http.client takes it for whole, and its body for empty."""
+        answer = response[0] if response else None
+        if answer is None or answer.status_code not in (200, 206) or operation.http["method"] not in ("GET", "HEAD"):
+            return None
+        if "content-length" in answer.headers or "transfer-encoding" in answer.headers:
+            return None
+        if attempts >= self._attempts:
+            from botocore.exceptions import ConnectionClosedError
+
+            raise ConnectionClosedError(endpoint_url=_without_secrets(_endpoint()))
+        return 0.1
 
     def _explained(self, code: str, status: int, exception: str) -> SilotuneError:
         """The error in words of ours: codes only, since what the server or botocore wrote may hold anything."""

@@ -16,7 +16,9 @@ def due(federation: Federation, rounds: Rounds) -> dict[str, list[str]]:
 
     Kept are those of the latest rounds, those of the open round, and whatever a silo may be sending just now.
     """
-    latest, keep = rounds.latest(), federation.storage.retention.updates
+    keep = federation.storage.retention.updates
+    stored = _stored(rounds)  # before the rounds are looked at: what is sent while this works is not even in the list
+    latest = rounds.latest()
     if latest is None or keep is None:
         return {}
     kept = {
@@ -29,7 +31,7 @@ def due(federation: Federation, rounds: Rounds) -> dict[str, list[str]]:
     kept |= {m.object for m in delivered.values()}
     known = {c.object for commit in rounds.commits() for c in commit.contributions.values()}
     found: dict[str, list[str]] = {}
-    for silo, digest in _stored(rounds):
+    for silo, digest in stored:
         sending = plan is not None and silo in plan.participants and silo not in delivered and digest not in known
         if digest not in kept and not sending:
             found.setdefault(silo, []).append(digest)
@@ -61,8 +63,11 @@ def _stored(rounds: Rounds) -> list[tuple[str, str]]:
 
 def erase(rounds: Rounds, files: dict[str, list[str]], reason: str, by: str) -> None:
     """Log the erasure, then erase: a file that is gone must never be without an explanation."""
-    if files:
-        audit.append(rounds, audit.of_erasure(files, reason, by))
+    if not files:
+        return
+    audit.sync(rounds)
+    latest = rounds.latest()
+    audit.append(rounds, audit.of_erasure(latest.round + 1 if latest else 0, files, reason, by))
     for silo, digests in files.items():
         for digest in digests:
             rounds.store.delete(rounds.object_key(digest, silo))

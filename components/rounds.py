@@ -37,6 +37,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -481,13 +482,26 @@ class Rounds:
                 bad[silo] = str(error)
         return manifests, bad
 
-    def refuse_update(self, number: int, silo: str, rule: str, *, resend: bool) -> Refusal:
-        """Keep a silo's present update out of its round, so that it can deliver another one."""
+    def refuse_update(self, number: int, silo: str, rule: str, *, resend: bool, manifest: str | None = None) -> None:
+        """Keep a silo's present update out of its round, so that it can deliver another one.
+
+        Args:
+            manifest: digest of the manifest that was judged; None for one that cannot be believed. Another one, that has come since because
+                somebody else has refused the first, is left alone.
+        """
         slot = self._slot(number, silo)
-        data = self.store.get(self._round(number, "updates", f"{slot}.json"))
-        manifest = hashlib.sha256(data).hexdigest()
-        refusal = Refusal(round=number, silo=silo, manifest=manifest, rule=rule, resend=resend, at=time.time())
-        return self.create(refusal, self._round(number, "refusals", f"{slot}.json"))
+        try:
+            data = self.store.get(self._round(number, "updates", f"{slot}.json"))
+            if manifest is None:
+                with suppress(RefusedError):
+                    self.update(number, silo)
+                    return
+        except ObjectMissing:
+            return
+        found = hashlib.sha256(data).hexdigest()
+        if manifest in (None, found):
+            refusal = Refusal(round=number, silo=silo, manifest=found, rule=rule, resend=resend, at=time.time())
+            self.create(refusal, self._round(number, "refusals", f"{slot}.json"))
 
     def update_keys(self, number: int, silo: str) -> Iterator[str]:
         """Where a silo's manifests of a round lie, refused ones first."""
@@ -576,6 +590,8 @@ class Rounds:
             RefusedError: it is not whole, or not signed by whom it must be.
         """
         record = kind.decode(self.store.get(key), key)
+        if isinstance(record, OfSilo) and record.silo not in _filed_under(key):
+            raise RefusedError(f"{key}: must be of the silo that it is filed under, is of {record.silo!r}", "filed under another silo")
         self._verify(record, key)
         return record
 
@@ -631,6 +647,12 @@ def highest(exists: Callable[[int], bool]) -> int:
         else:
             probe = middle
     return known
+
+
+def _filed_under(key: str) -> tuple[str, str]:
+    """The names in a key that can be the silo's: its folder's, or its own without number and suffix."""
+    *_, folder, name = key.split("/")
+    return folder, name.split(".", 1)[0]
 
 
 def _nth(silo: str, count: int) -> str:

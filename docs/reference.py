@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from silotune.components.federation import Federation, json_schema
+from silotune.components.federation_file import DURATION
 
 FILE = Path(__file__).with_name("federation.md")
 
@@ -45,7 +47,9 @@ That is a whole file: everything else has a default.
 - Relative paths count from the file's folder. They are those of the machine that uses them: a silo's paths are read in the silo.
 - `${NAME}` and `${NAME:-default}` are taken from the environment, in `model.base`, `storage.root`, `tracking.uri` and a silo's paths.
 - Secrets do not stand in the file. Credentials come from the environment; a user and password in an address are refused.
-- Silo ids are unique, every silo has a `storage` of its own, and `rounds.quorum` is at most the number of silos.
+- Silo ids are unique and none is `coordinator`, every silo has a `storage` of its own, and `rounds.quorum` asks for no more silos than there are.
+- Times are a number above 0 and `s`, `m` or `h`: `90s`, `30m`, `1.5h`.
+- `security.keys` names the coordinator and every silo, or nobody.
 
 ## Three kinds of edit
 
@@ -68,8 +72,10 @@ NOTES = {
     "silos.id": "A silo joins or leaves.",
     "storage.root": "Copy what is there along; an empty store is a federation that begins anew.",
     "export.merge": "No effect with `method: full`.",
+    "security.keys": "Rotating a key, too, is an amendment.",
 }
-DEFAULTS = {"silos.storage": "`.silotune-private/<id>`"}
+DEFAULTS = {"silos.storage": "`.silotune-private/<id>`", "security.keys": "unset"}
+ENTRIES = {"silos": "silos[]", "security.keys": "security.keys.PARTY[]"}  # lists and mappings of sections, and what an entry is called
 
 
 def text() -> str:
@@ -93,15 +99,16 @@ def _sections(schema: dict[str, Any], where: str, model: dict[str, Any]) -> Iter
 
 
 def _section(schema: dict[str, Any], about: dict[str, Any]) -> dict[str, Any] | None:
-    """The model that a key holds, alone, in a list or beside null."""
-    for part in (about, about.get("items", {}), *about.get("anyOf", ()), *about.get("allOf", ())):
-        if "$ref" in part:
-            return dict(schema["$defs"][part["$ref"].rsplit("/", 1)[1]])
-    return None
+    """The model that a key holds, alone, in a list or mapping, or beside null or something simpler."""
+    if "$ref" in about:
+        return dict(schema["$defs"][about["$ref"].rsplit("/", 1)[1]])
+    entries = about.get("additionalProperties")
+    parts = (about.get("items", {}), *about.get("anyOf", ()), *([entries] if isinstance(entries, dict) else ()))
+    return next((found for part in parts if part and (found := _section(schema, part))), None)
 
 
 def _title(where: str) -> str:
-    return f"`{where.replace('silos', 'silos[]')}`" if where else "The file"
+    return f"`{_plain(where)}`" if where else "The file"
 
 
 def _intro(model: dict[str, Any]) -> list[str]:
@@ -115,35 +122,55 @@ def _row(schema: dict[str, Any], model: dict[str, Any], path: str, key: str, abo
     section = _section(schema, about)
     meaning = _escaped(about.get("description", ""))
     if section:
-        kind = f"list of [{_plain(path)}](#{_anchor(path)})" if about.get("type") == "array" else f"[{_plain(path)}](#{_anchor(path)})"
         meaning = meaning or _escaped(section.get("description", "").split("\n")[0])
-    else:
-        kind = _type(about)
+    plain = _has_plain_form(about)
+    shape = f"{{{', '.join(section['properties'])}}}" if section and plain else _plain(path)
+    kind = _type(about, f"[{shape}](#{_anchor(path)})")
     if note := NOTES.get(path):
         meaning = f"{meaning} {note}".strip()
     default = "required" if key in model.get("required", ()) else DEFAULTS.get(path) or _default(about, section)
-    return [f"`{key}`", kind, default, meaning, "" if section else edit(path)]
+    return [f"`{key}`", kind, default, meaning, "" if section and not plain else edit(path)]  # else the keys of the section say it
 
 
 def _plain(path: str) -> str:
-    return path.replace("silos", "silos[]")
+    """A path with its lists and mappings as a reader writes them."""
+    for section, entry in ENTRIES.items():
+        if path == section or path.startswith(f"{section}."):
+            return entry + path.removeprefix(section)
+    return path
 
 
 def _anchor(path: str) -> str:
-    return path.replace(".", "").lower()
+    """GitHub names a heading by its letters."""
+    return re.sub(r"[^a-z_-]", "", _plain(path).lower())
 
 
-def _type(about: dict[str, Any]) -> str:
+def _has_plain_form(about: dict[str, Any]) -> bool:
+    """Whether a key that holds a section may also be a number or a text."""
+    entries = about.get("additionalProperties")
+    parts = [*about.get("anyOf", ()), *([entries] if isinstance(entries, dict) else ())]
+    return any(part.get("type") in ("integer", "number", "string") or _has_plain_form(part) for part in parts)
+
+
+def _type(about: dict[str, Any], section: str) -> str:
+    """In words; ``section`` is a link to the section that the key holds."""
+    if "$ref" in about:
+        return section
     if "anyOf" in about:
-        return " or ".join(_type(part) for part in about["anyOf"] if part.get("type") != "null")
+        kinds = [_type(part, section) for part in about["anyOf"] if part.get("type") != "null"]
+        off = about.get("default") is not None and {"type": "null"} in about["anyOf"]  # null is something else than leaving it out
+        return " or ".join([*kinds, *(["`null`"] if off else [])])
     if "enum" in about:
         return " or ".join(f"`{value}`" for value in about["enum"])
     if "const" in about:
         return f"`{about['const']}`"
     if about["type"] == "array":
-        return "list of texts"
+        return f"list of {section}" if "$ref" in about["items"] else "list of texts"
     if about["type"] == "object":
-        return "texts by name"
+        plain = about["additionalProperties"] == {"type": "string"}
+        return "texts by name" if plain else f"by party: {_type(about['additionalProperties'], section)}"
+    if about.get("pattern") == DURATION:
+        return "time"
     kind = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false"}[about["type"]]
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     return kind + "".join(f"{',' if i else ''} {sign} {about[word]}" for i, (word, sign) in enumerate(
@@ -165,6 +192,8 @@ def _escaped(said: str) -> str:
 
 # What kind of edit a key is
 
+KEY = f"ed25519:{'A' * 43}="
+
 
 def edit(path: str) -> str:
     """``free``, ``amendment`` or ``new federation``: what changing this key alone means."""
@@ -173,7 +202,8 @@ def edit(path: str) -> str:
             "name": "sample",
             "model": {"base": "org/base"},
             "silos": [{"id": "north", "train": "/north"}],
-            "rounds": {"until": {}},
+            "rounds": {"until": {}, "quorum": 1, "rollback": {"max_loss_increase": 1.0}},
+            "security": {"keys": {"coordinator": KEY, "north": [{"public": KEY, "until": 9}]}},
         }
     )
     with warnings.catch_warnings():
@@ -183,16 +213,29 @@ def edit(path: str) -> str:
 
 
 def _changed(section: Any, path: list[str]) -> Any:
-    """A copy with another value at ``path``; lists are followed into their first entry. Validation is not asked."""
+    """A copy with another value at ``path``; lists and mappings are followed into one entry. Validation is not asked."""
     key, *rest = path
     value = getattr(section, key)
     if not rest:
-        value = "another"
+        value = _another(value)
+    elif isinstance(value, dict):
+        name, entries = list(value.items())[-1]
+        value = value | {name: [_changed(entries[0], rest), *entries[1:]]}
     elif isinstance(value, list):
         value = [_changed(value[0], rest), *value[1:]]
     else:
         value = _changed(value, rest)
     return section.model_copy(update={key: value})
+
+
+def _another(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, dict) and value:
+        return dict(list(value.items())[1:])
+    return "another"
 
 
 def _agreement(federation: Federation) -> Any:

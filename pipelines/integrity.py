@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,14 +36,18 @@ def new_key(
     if not re.fullmatch(SILO_ID, party):
         raise FederationError(f"{party!r}: must be coordinator or a silo's id, lower-case letters, digits and inner dashes")
     place = _load(file).key_folder(party) if file else folder
+    private = place / f"{party}.pem"
+    before = pairs.text_of(pairs.private_key(private)) if replace and private.exists() else None
     public = pairs.new(place, party, replace=replace)
-    typer.echo(f"private key: {place / party}.pem (mode 600; whoever has it can sign as {party})", err=True)
-    typer.echo(f"for the federation file, under security.keys:\n  {party}: {public}" if not replace else _rotation(party, public))
+    typer.echo(f"private key: {private} (mode 600; whoever has it can sign as {party})", err=True)
+    typer.echo(
+        f"for the federation file, under security.keys:\n  {party}: {public}" if before is None else _rotation(party, before, public)
+    )
 
 
-def _rotation(party: str, public: str) -> str:
+def _rotation(party: str, before: str, public: str) -> str:
     return (
-        f"for the federation file, with the rounds of each:\n  {party}:\n    - {{public: <the one that stands there>, until: <last round>}}\n"
+        f"for the federation file, with the rounds of each:\n  {party}:\n    - {{public: {before}, until: <last round>}}\n"
         f"    - {{public: {public}, since: <the round after>}}"
     )
 
@@ -88,7 +93,7 @@ def verify(
     federation = _load(file)
     rounds = _rounds(federation)
     chain = chains.verify(rounds, deep=deep or repair)
-    if not chain.commits:
+    if not chain.commits and not chain.breaks:
         raise FederationError(f"federation {federation.name!r} has no round yet; run it first")
     if repair and chain.lost:
         for commit in chain.lost:
@@ -103,8 +108,11 @@ def verify(
         f"{federation.name}: unbroken from round {chain.commits[-1].round} back to the base; {chain.records} records verified, "
         f"{chain.objects} tensor files {'digested' if deep or repair else 'there'}"
     )
-    if federation.custody != "parties":
-        typer.echo(CUSTODY[federation.custody], err=True)
+    if federation.custody == "none":  # what the commits say of it is worth nothing, either
+        typer.echo(CUSTODY["none"], err=True)
+    elif marked := [c.round for c in chain.commits if c.custody == "local"]:
+        where = "" if federation.custody == "local" else f"up to round {marked[-1]}: "
+        typer.echo(where + CUSTODY["local"], err=True)
     if model:
         _tell_lineage(rounds, chain, model)
 
@@ -154,12 +162,19 @@ def gc(
         raise FederationError("storage.retention.updates: is not set, so that all is kept; set how many rounds to keep, or name a --silo")
     files = retention.departed(rounds, silo) if silo else retention.due(federation, rounds)
     count = sum(len(digests) for digests in files.values())
-    if not dry_run:
+    if not dry_run and count:
         default = f"{silo} has left" if silo else f"storage.retention.updates is {federation.storage.retention.updates}"
-        retention.erase(rounds, files, reason or default, getpass.getuser())
+        retention.erase(rounds, files, reason or default, _user())
     typer.echo(
         f"{count} update file{'s' * (count != 1)} {'would be ' if dry_run else ''}erased{''.join(f', {len(d)} of {s}' for s, d in sorted(files.items()))}"
     )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return f"user {os.getuid()}"
 
 
 def _load(file: Path) -> Federation:

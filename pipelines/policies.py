@@ -67,7 +67,7 @@ def silo_policy(federation: Federation, silo_id: str, *, tls_only: bool = False)
 def coordinator_policy(federation: Federation, *, tls_only: bool = False) -> Policy:
     """The IAM policy of the coordinator's user or role: this federation, and the probe objects of the store's self-check.
 
-    `silotune verify --repair` also deletes the global it makes anew: grant s3:DeleteObject on that one object while it runs.
+    Records can be erased by nobody. Globals can, because one that is damaged in the store is deleted before it is made again.
 
     Args:
         tls_only: as in `silo_policy`.
@@ -90,7 +90,7 @@ def coordinator_policy(federation: Federation, *, tls_only: bool = False) -> Pol
         place.statement("ReadAll", "s3:GetObject", ["*"], probe=True),
         place.statement("CreateCourse", "s3:PutObject", records + files, probe=True),
         place.statement("AbortUploads", "s3:AbortMultipartUpload", files),
-        place.statement("EraseUpdateFiles", "s3:DeleteObject", ["contributions/*"], probe=True),
+        place.statement("EraseTensorFiles", "s3:DeleteObject", ["contributions/*", "objects/*"], probe=True),
         place.listing(["*"], probe=True),
         *place.denials(tls_only),
     )

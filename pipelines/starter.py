@@ -44,6 +44,10 @@ silos:                          # each keeps its records; only updates and losse
 rounds:
   total: 6                      # of the whole federation, over all runs
   quorum: 2                     # silos that must deliver for a round to count
+  # on_missing_quorum: skip     # with fewer, go on with the previous global; left out: stop, and wait for the missing ones
+  # deadline: 2h                # time a silo has for its part of a round; left out: as long as it takes
+  # min_fraction: 0.5           # a silo that has done this share of its steps by then counts with what it has, else it is late
+  # rollback: {max_loss_increase: 0.2}    # leave a global behind whose loss is that much above the best one's
   # per_run: 3                  # rounds one run works on; left out: all that are left
   # until: {metric: loss, patience: 3}    # stop early once the pooled validation loss has stopped falling
 
@@ -63,6 +67,13 @@ export:
 
 storage:
   root: ./.silotune/store       # what all parties can reach: a folder, or s3://bucket/prefix (endpoint: AWS_ENDPOINT_URL)
+  # retention: {updates: 5}     # rounds whose update files `silotune gc` keeps; left out: all
+
+# security:                     # left out: `silotune run` makes all keys on this machine, fine for trying things out
+#   keys:                       # between organisations each party makes its own: silotune keys new north
+#     coordinator: ed25519:…
+#     north: ed25519:…
+#     south: ed25519:…
 
 tracking:
   uri: sqlite:///./.silotune/mlflow.db    # or http://your-mlflow:5000

@@ -27,6 +27,7 @@ CLOSED = {
     "skipped": "skipped, since too few silos delivered; the global stays",
     "rolled-back": "its global proved worse and is left behind; the next round begins from the best one before",
 }
+NOTHING = "no update yet"
 SHOWN = 12  # hexadecimal digits of a digest that people see
 
 
@@ -117,13 +118,17 @@ def round_status(federation: Federation, rounds: Rounds, commit: Commit, latest:
 
 
 def _open(rounds: Rounds, plan: Plan) -> RoundStatus:
-    delivered, _ = rounds.updates(plan.round)
+    delivered, disbelieved = rounds.updates(plan.round)
     attempts = rounds.attempts(plan.round)
     known: dict[str, str] = {}
     for attempt in attempts:
         known |= attempt.missing
-        known |= dict.fromkeys((s for s in attempt.asked), "no update yet")
+        known |= dict.fromkeys((s for s in attempt.asked), NOTHING)
         known |= {silo: report.text for silo, report in rounds.reports(plan.round, attempt.attempt).items() if report.status != "ok"}
+    for silo in (s for s, why in known.items() if why == NOTHING and s not in delivered):
+        if refusal := rounds.refusal(plan.round, silo):
+            known[silo] = f"refused: {refusal.rule}"
+    known |= dict.fromkeys(disbelieved, "refused: its manifest is not the silo's")
     return RoundStatus(
         round=plan.round,
         committed=False,
@@ -147,7 +152,7 @@ def chosen(federation: Federation, rounds: Rounds) -> Commit:
 def export(federation: Federation, rounds: Rounds) -> Exported | None:
     """The export that the file asks for now, else the one of the highest round."""
     wanted = chosen(federation, rounds).digest
-    found = list(_exports(rounds))
+    found = list(rounds.exports())
     merged = federation.export.merge
     return max(found, key=lambda e: (e.commit.startswith(wanted), e.commit.endswith("-merged") == merged, e.round), default=None)
 
@@ -156,14 +161,6 @@ def is_current(federation: Federation, rounds: Rounds, exported: Exported) -> bo
     """Whether an export is of the commit, and of the kind, that the file asks for now."""
     merged = exported.commit.endswith("-merged") == federation.export.merge
     return exported.commit.startswith(chosen(federation, rounds).digest) and merged
-
-
-def _exports(rounds: Rounds) -> Iterator[Exported]:
-    prefix = rounds.key("exports") + "/"
-    for key in rounds.store.list(prefix):
-        name = key.removeprefix(prefix)
-        if "/" not in name and (found := rounds.export(name.removesuffix(".json"))):
-            yield found
 
 
 @dataclass(frozen=True)

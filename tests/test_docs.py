@@ -51,6 +51,16 @@ def test_the_page_about_the_file_is_what_the_models_say(reference: ModuleType) -
         ("storage.root", "free"),
         ("silos.train", "free"),
         ("data.fields", "free"),
+        ("rounds.quorum", "free"),
+        ("rounds.quorum.weight", "free"),
+        ("rounds.deadline", "free"),
+        ("rounds.rollback.max_loss_increase", "free"),
+        ("rounds.guards.norm_band", "free"),
+        ("storage.retention.updates", "free"),
+        ("security.keys", "amendment"),
+        ("security.keys.public", "amendment"),
+        ("security.keys.until", "amendment"),
+        ("security.signing", "amendment"),
         ("training.steps", "amendment"),
         ("silos.id", "amendment"),
         ("silos.training.steps", "amendment"),
@@ -62,6 +72,36 @@ def test_the_page_about_the_file_is_what_the_models_say(reference: ModuleType) -
 )
 def test_the_kind_of_an_edit_follows_from_the_agreement(reference: ModuleType, path: str, kind: str) -> None:
     assert reference.edit(path) == kind
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        ["`rounds.quorum`", "integer ≥ 1 or [{count, weight}](#roundsquorum)", "unset", "free"],
+        ["`rounds.deadline`", "time", "unset", "free"],
+        ["`rounds.stall`", "time or `null`", "`15m`", "free"],
+        ["`rounds.guards`", "[rounds.guards](#roundsguards)", "", ""],
+        ["`rounds.guards.norm_band`", "number > 1 or `null`", "`10.0`", "free"],
+        ["`rounds.rollback`", "[rounds.rollback](#roundsrollback)", "unset", ""],
+        ["`silos[]`", "list of [silos[]](#silos)", "required", ""],
+        ["`data.fields`", "texts by name", "unset", "free"],
+        ["`security.signing`", "true or false", "`true`", "amendment"],
+        ["`security.keys`", "by party: text or list of [{public, since, until}](#securitykeysparty)", "unset", "amendment"],
+        ["`security.keys.PARTY[].until`", "integer ≥ 0", "unset", "amendment"],
+    ],
+    ids=lambda cells: cells[0].strip("`"),
+)
+def test_a_row_says_type_default_and_kind_of_edit(reference: ModuleType, cells: list[str]) -> None:
+    """Of the key in a section, as a reader finds it: heading, then row."""
+    section, _, key = cells[0].strip("`").replace("silos[]", "silos").rpartition(".")
+    heading = f"\n## `{section}`\n" if section else "\n## The file\n"
+    text = reference.text()
+    assert heading in text
+    rows = text.split(heading)[1].split("\n## ")[0].splitlines()
+    row = next(r for r in rows if r.startswith(f"| `{key}` |"))
+    found = re.split(r" \| ", row.strip("| "))
+    _, kind, default, edit = cells
+    assert (found[1], found[2], found[-1] if edit else "") == (kind, default, edit)
 
 
 @page
@@ -86,7 +126,7 @@ def test_make_targets_exist(file: Path) -> None:
 def test_subcommands_exist(file: Path) -> None:
     from silotune.pipelines.cli import app
 
-    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback} | {g.name for g in app.registered_groups}
     named = {word for text in code(file) for word in re.findall(r"^\s*(?:\S+=\S+ )*silotune ([a-z]+)", text, re.MULTILINE)}
     assert named <= commands
 

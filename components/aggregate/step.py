@@ -120,9 +120,9 @@ def _aggregated(
             try:
                 accepted[silo] = _fetch(rounds, plan, agreement, silo, manifest, Path(folder))
             except (RefusedError, ObjectMissing) as error:
-                missing[silo] = _refuse(rounds, turn, silo, error)
+                missing[silo] = _refuse(rounds, manifest, error)
         for silo, rule in _norm_outliers(federation, rounds, latest, plan, accepted).items():
-            missing[silo] = _refuse(rounds, turn, silo, UpdateRefused(silo, rule, "look into its records and learning rate"))
+            missing[silo] = _refuse(rounds, manifests[silo], UpdateRefused(silo, rule, "look into its records and learning rate"))
             del accepted[silo]
         out = Path(folder) / "outgoing.safetensors"
         while True:
@@ -137,7 +137,7 @@ def _aggregated(
                 break
             except UpdateRefused as error:  # found late: start over without that silo
                 del accepted[error.silo]
-                missing[error.silo] = _refuse(rounds, turn, error.silo, error)
+                missing[error.silo] = _refuse(rounds, manifests[error.silo], error)
         outgoing = rounds.put_object(out)
     contributions = {
         silo: Contribution(
@@ -209,14 +209,14 @@ def expectation(rounds: Rounds, plan: Plan, agreement: Agreement, silo: str) -> 
     )  # fmt: skip
 
 
-def _refuse(rounds: Rounds, turn: Turn, silo: str, error: SilotuneError) -> str:
+def _refuse(rounds: Rounds, manifest: UpdateManifest, error: SilotuneError) -> str:
     """Keep an update out, for good where it is wrong in itself; returns what the commit says of it."""
     rule = error.rule if isinstance(error, UpdateRefused) else error.reason
-    tell("aggregate", "warned", silo, detail=str(error))
+    tell("aggregate", "warned", manifest.silo, detail=str(error))
     damaged = isinstance(error, CorruptObject | ObjectMissing)
     if isinstance(error, CorruptObject):
         rounds.store.delete(error.key)  # else the silo could not send it again: what is there, is not written
-    rounds.refuse_update(turn.round, silo, rule, resend=damaged)
+    rounds.refuse_update(manifest.round, manifest.silo, rule, resend=damaged, manifest=manifest.digest)
     return f"refused: {rule}"
 
 

@@ -1,13 +1,20 @@
-"""Stores to test with: a folder, and S3 as a real server (moto) in a process of its own."""
+"""Stores to test with: a folder, and S3 as two real servers: moto in a process of its own, and Ceph's gateway (marker `ceph`)."""
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +55,81 @@ def moto_client() -> Iterator[Any]:
     server.wait(timeout=20)
 
 
+CEPH = Path(__file__).resolve().parents[3] / "shared" / "tools" / "ceph-s3.sh"
+CEPH_PORT = 17580  # not the tool's own one, where a person may have started it
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running Ceph gateway with the bucket BUCKET, and its administrator's credentials."""
+
+    folder: Path
+    endpoint: str
+    access_key: str = "test"
+    secret_key: str = "testsecret"
+
+    def client(self, service: str = "s3") -> Any:
+        session = boto3.session.Session(self.access_key, self.secret_key, region_name="us-east-1")
+        return session.client(service, endpoint_url=self.endpoint)
+
+    def admin(self, *words: str) -> None:
+        """Runs radosgw-admin."""
+        command = ["radosgw-admin", "-c", self.folder / "ceph.conf", *words]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def gateway() -> Iterator[Gateway]:
+    """Ceph's S3 gateway, started if it does not run. All test processes of this machine share one; the last to leave stops it."""
+    if not CEPH.is_file():
+        pytest.skip(f"no tool at {CEPH} that starts Ceph")
+    folder = Path(tempfile.gettempdir()) / f"silotune-ceph-{os.getuid()}"
+    found = Gateway(folder, f"http://127.0.0.1:{CEPH_PORT}")
+    with Path(f"{folder}.users").open("w") as users:
+        with alone(folder):
+            if not listening(CEPH_PORT):
+                if not any(start(folder) for _ in range(3)):
+                    pytest.skip("Ceph does not start here; run shared/tools/ceph-s3.sh by hand to see why")
+                found.client().create_bucket(Bucket=BUCKET)
+                found.admin("caps", "add", "--uid=test", "--caps=user-policy=*")
+            fcntl.flock(users, fcntl.LOCK_SH)
+        yield found
+        with alone(folder):
+            try:
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # others still use it
+            subprocess.run([CEPH, "stop", folder], check=False, timeout=60)
+
+
+def start(folder: Path) -> bool:
+    """Starts Ceph, and installs it if need be. A start takes 15 s, or hangs now and then: then it is stopped, and the next one succeeds."""
+    limit = 45 if shutil.which("radosgw") else 400
+    command = [CEPH, "start", folder, str(CEPH_PORT)]
+    starting = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    with suppress(subprocess.TimeoutExpired):
+        if starting.wait(limit) == 0:
+            return True
+    with suppress(ProcessLookupError):
+        os.killpg(starting.pid, signal.SIGKILL)
+    starting.wait()
+    subprocess.run([CEPH, "stop", folder], check=False, timeout=60)
+    return False
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time."""
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 load_once = functools.cache(JSONFileLoader().load_file)
 
 
@@ -72,8 +154,11 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.fixture
-def s3(aws: Callable[[str], None], moto_client: Any) -> S3Store:
-    aws(moto_client.meta.endpoint_url)
+def s3(request: pytest.FixtureRequest, aws: Callable[[str], None]) -> S3Store:
+    """In moto; in Ceph where a test is parametrized so."""
+    if getattr(request, "param", "s3") == "ceph":
+        return request.getfixturevalue("ceph")
+    aws(request.getfixturevalue("moto_client").meta.endpoint_url)
     return S3Store(BUCKET, f"team/{uuid.uuid4().hex[:12]}")
 
 
@@ -82,6 +167,14 @@ def folder(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "store")
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture
+def ceph(aws: Callable[[str], None], gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    aws(gateway.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", gateway.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", gateway.secret_key)
+    return S3Store(BUCKET, f"team/{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture(params=["folder", "s3", pytest.param("ceph", marks=pytest.mark.ceph)])
 def store(request: pytest.FixtureRequest) -> ObjectStore:
     return request.getfixturevalue(request.param)

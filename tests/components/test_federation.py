@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from silotune.components.errors import FederationError
-from silotune.components.federation import Agreement, Federation, canonical_json, json_schema
+from silotune.components.federation import Agreement, Federation, PublicKey, Quorum, canonical_json, json_schema, seconds
 
 GOOD = """
 name: medquad
@@ -36,6 +36,9 @@ name: small
 model: {base: org/name}
 silos: [{id: a, train: a.jsonl}]
 """
+
+KEY, OTHER_KEY = (f"ed25519:{letter * 43}=" for letter in "Ab")
+KEYS = {party: f"ed25519:{letter * 43}=" for party, letter in zip(("coordinator", "niddk", "nci", "nhlbi"), "CDEF", strict=True)}
 
 Load = Callable[..., Federation]
 
@@ -106,7 +109,13 @@ def test_defaults(load: Load, tmp_path: Path) -> None:
     assert federation.model.base == "org/name"  # no such folder: a Hugging Face id
     assert federation.model.lora.target_modules == "all-linear"
     assert federation.training.learning_rate == 1e-3
-    assert federation.quorum == 1
+    assert federation.quorum == Quorum(count=1, weight=None)
+    assert federation.rounds.on_missing_quorum == "fail"
+    assert (federation.deadline_seconds, federation.stall_seconds) == (None, 900.0)
+    assert (federation.rounds.min_fraction, federation.rounds.checkpoint_every) == (0.5, 100)
+    assert (federation.rounds.rollback, federation.rounds.guards.norm_band) == (None, 10.0)
+    assert federation.storage.retention.updates is None
+    assert (federation.security.signing, federation.custody) == (True, "local")
     assert federation.storage.root == f"{tmp_path}/.silotune/store"
     assert federation.tracking.uri == f"sqlite:///{tmp_path}/.silotune/mlflow.db"
 
@@ -118,7 +127,26 @@ def test_a_base_that_is_a_folder_beside_the_file_is_that_folder(load: Load, tmp_
 
 @pytest.mark.parametrize(("silos", "quorum"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3)])
 def test_quorum_is_more_than_half_by_default(load: Load, silos: int, quorum: int) -> None:
-    assert load(changed("silos", [{"id": f"s{i}", "train": "x"} for i in range(silos)], MINIMAL)).quorum == quorum
+    federation = load(changed("silos", [{"id": f"s{i}", "train": "x"} for i in range(silos)], MINIMAL))
+    assert federation.quorum == Quorum(count=quorum)
+    assert federation.quorum.weight is None
+
+
+@pytest.mark.parametrize(
+    ("written", "count", "weight"),
+    [(3, 3, None), ({"count": 3}, 3, None), ({"weight": 0.7}, 1, 0.7), ({"count": 2, "weight": 1}, 2, 1.0)],
+)
+def test_quorum_is_a_number_or_says_more(load: Load, written: Any, count: int, weight: float | None) -> None:
+    assert load(changed("rounds.quorum", written)).quorum == Quorum(count=count, weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("90s", 90.0), ("30m", 1800.0), ("2h", 7200.0), ("1.5h", 5400.0), ("0.5s", 0.5), ("010s", 10.0), (None, None)]
+)
+def test_durations(load: Load, text: str | None, wanted: float | None) -> None:
+    assert seconds(text) == wanted
+    assert load(changed("rounds.deadline", text)).deadline_seconds == wanted
+    assert load(changed("rounds.stall", text)).stall_seconds == wanted
 
 
 def test_unknown_silo_is_named_with_those_that_exist(load: Load) -> None:
@@ -176,7 +204,41 @@ def test_merge_keys_of_yaml_work(load: Load) -> None:
         ("silos.2.storage", "./private/niddk", "silos[2].storage: must be the silo's own"),
         ("name", "Med Quad", "name: must be lower-case"),
         ("rounds.quorum", 4, "rounds.quorum: must be at most the number of silos, 3, got 4; lower it or add silos"),
-        ("rounds.quorum", 0, "rounds.quorum: must be greater than or equal to 1, got 0"),
+        ("rounds.quorum", {"count": 4}, "rounds.quorum.count: must be at most the number of silos, 3, got 4; lower it or add silos"),
+        ("rounds.quorum", 0, "rounds.quorum.count: must be greater than or equal to 1, got 0"),
+        ("rounds.quorum", {"count": "2"}, "rounds.quorum.count: must be a valid integer, got '2'"),
+        ("rounds.quorum", {"cuont": 2}, "rounds.quorum.cuont: unknown key; did you mean 'count'?"),
+        ("rounds.quorum", {"weight": 0.0}, "rounds.quorum.weight: must be greater than 0, got 0.0"),
+        ("rounds.quorum", {"weight": 1.5}, "rounds.quorum.weight: must be less than or equal to 1, got 1.5"),
+        ("rounds.quorum", "2", "rounds.quorum: must be a whole number, or hold count and weight, got '2'"),
+        ("rounds.quorum", 2.5, "rounds.quorum: must be a whole number, or hold count and weight, got 2.5"),
+        ("rounds.quorum", True, "rounds.quorum: must be a whole number, or hold count and weight, got True"),
+        ("rounds.quorum", [2], "rounds.quorum: must be a whole number, or hold count and weight, got [2]"),
+        ("rounds.on_missing_quorum", "wait", "rounds.on_missing_quorum: must be 'fail' or 'skip', got 'wait'"),
+        ("rounds.deadline", "30", "rounds.deadline: must be a number above 0 and s, m or h, such as 30m, got '30'"),
+        ("rounds.deadline", "0s", "rounds.deadline: must be a number above 0 and s, m or h"),
+        ("rounds.deadline", "0.0h", "rounds.deadline: must be a number above 0 and s, m or h"),
+        ("rounds.deadline", "-1s", "rounds.deadline: must be a number above 0 and s, m or h"),
+        ("rounds.deadline", "1h30m", "rounds.deadline: must be a number above 0 and s, m or h"),
+        ("rounds.deadline", "30m\n", "rounds.deadline: must be a number above 0 and s, m or h"),
+        ("rounds.deadline", "٣m", "rounds.deadline: must be a number above 0 and s, m or h"),
+        ("rounds.deadline", 30, "rounds.deadline: must be a valid string, got 30"),
+        ("rounds.stall", "soon", "rounds.stall: must be a number above 0 and s, m or h, such as 30m, got 'soon'"),
+        ("rounds.min_fraction", 0, "rounds.min_fraction: must be greater than 0, got 0"),
+        ("rounds.min_fraction", 1.1, "rounds.min_fraction: must be less than or equal to 1, got 1.1"),
+        ("rounds.checkpoint_every", -1, "rounds.checkpoint_every: must be greater than or equal to 0, got -1"),
+        ("rounds.rollback", {}, "rounds.rollback.max_loss_increase: is required; add it"),
+        ("rounds.rollback", {"max_loss": 1.0}, "rounds.rollback.max_loss: unknown key; did you mean 'max_loss_increase'?"),
+        ("rounds.rollback.max_loss_increase", 0.0, "rounds.rollback.max_loss_increase: must be greater than 0, got 0.0"),
+        ("rounds.rollback", 0.1, "rounds.rollback: must hold keys and values, got 0.1"),
+        ("rounds.guards.norm_bnad", 3.0, "rounds.guards.norm_bnad: unknown key; did you mean 'norm_band'?"),
+        ("rounds.guards.norm_band", 1.0, "rounds.guards.norm_band: must be greater than 1, got 1.0"),
+        ("storage.retention.updates", 0, "storage.retention.updates: must be greater than or equal to 1, got 0"),
+        ("storage.retention.update", 3, "storage.retention.update: unknown key; did you mean 'updates'?"),
+        ("security.signing", "no", "security.signing: must be a valid boolean, got 'no'"),
+        ("security.kyes", {}, "security.kyes: unknown key; did you mean 'keys'?"),
+        ("security.keys", [KEY], f"security.keys: must be a valid dictionary, got ['{KEY}']"),
+        ("security.keys", KEYS | {3: KEY}, "security.keys[3]: must be a valid string, got 3"),
         ("data.template", "{response}", "data: template must hold {prompt} once and end with {response}, or be 'chat'"),
         ("data.template", "{prompt}{response}.", "data: template must hold"),
         ("data.fields", {"text": "x"}, "data: fields may rename prompt, response for format 'prompt-response', not text"),
@@ -250,6 +312,90 @@ def test_not_utf8(tmp_path: Path) -> None:
         Federation.load(tmp_path / "f.yaml")
 
 
+# Keys and custody
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (3, "security.keys.nci: must be a key as `silotune keys new` prints it, or a list of {public, since, until}, got 3"),
+        (None, "security.keys.nci: must be a key as `silotune keys new` prints it, or a list of {public, since, until}, got None"),
+        ({"public": KEY}, "security.keys.nci: must be a key as `silotune keys new` prints it, or a list of {public, since, until}"),
+        ([], "security.keys.nci: must not be empty, got []"),
+        (
+            "ed25519:short",
+            "security.keys.nci[0].public: must be ed25519: and 44 characters, as `silotune keys new` prints them, got 'ed25519:short'",
+        ),
+        ([{"public": KEY[:-1]}], "security.keys.nci[0].public: must be ed25519: and 44 characters"),
+        ([{"public": KEY + "\n"}], "security.keys.nci[0].public: must be ed25519: and 44 characters"),
+        ([{"public": KEY}, {"pulbic": KEY}], "security.keys.nci[1].pulbic: unknown key; did you mean 'public'?"),
+        ([{"public": KEY}, {"pulbic": KEY}], "security.keys.nci[1].public: is required; add it"),
+        ([{"public": KEY, "unitl": 3}], "security.keys.nci[0].unitl: unknown key; did you mean 'until'?"),
+        ([{"public": KEY, "from_round": 3}], "security.keys.nci[0].from_round: unknown key; known here: public, since, until"),
+        ([KEY], f"security.keys.nci[0]: must hold keys and values, got '{KEY}'"),
+        ([{"public": KEY, "since": -1}], "security.keys.nci[0].since: must be greater than or equal to 0, got -1"),
+        ([{"public": KEY, "since": 5, "until": 4}], "security.keys.nci[0]: until must be at least since, 5, got 4; "),
+    ],
+)
+def test_a_bad_key_is_refused_with_its_place(refused: Callable[..., list[str]], value: Any, said: str) -> None:
+    lines = refused(changed("security.keys", KEYS | {"nci": value}))
+    assert any(line.strip().startswith(said) for line in lines), lines
+
+
+def test_two_parties_cannot_share_a_key(refused: Callable[..., list[str]]) -> None:
+    lines = refused(changed("security.keys", KEYS | {"nci": [{"public": KEY, "until": 3}, {"public": KEYS["nhlbi"], "since": 4}]}))
+    assert lines[1:] == ["  security.keys.nci: must be the party's own, is also nhlbi's; make a new one"]
+
+
+def test_all_parties_have_keys_or_none(refused: Callable[..., list[str]]) -> None:
+    others = {party: key for party, key in KEYS.items() if party not in ("coordinator", "nci")}
+    lines = refused(changed("security.keys", others | {"nic": KEY}))
+    assert lines[1:] == [
+        "  security.keys.coordinator: is required where others have keys; add what `silotune keys new coordinator` prints",
+        "  security.keys.nci: is required where others have keys; add what `silotune keys new nci` prints",
+        "  security.keys.nic: is neither coordinator nor a silo's id; correct or remove it",
+    ]
+
+
+@pytest.mark.parametrize("keys", [{}, KEYS])
+def test_no_silo_may_be_called_coordinator(refused: Callable[..., list[str]], keys: dict[str, str]) -> None:
+    raw = changed("silos.1.id", "coordinator")
+    raw["security"] = {"keys": {k: v for k, v in keys.items() if k != "nci"}}
+    assert refused(raw)[1:] == ["  silos[1].id: 'coordinator' is the name of the other party; give the silo another"]
+
+
+def test_a_key_is_a_text_or_a_list_with_rounds(load: Load) -> None:
+    rotated = [{"public": KEY, "until": 6}, {"public": OTHER_KEY, "since": 7}]
+    keys = load(changed("security.keys", KEYS | {"nci": rotated})).public_keys
+    assert keys["nhlbi"] == [PublicKey(public=KEYS["nhlbi"])]
+    assert keys["nci"] == [PublicKey(public=KEY, until=6), PublicKey(public=OTHER_KEY, since=7)]
+    assert [[k.good_for(n) for k in keys["nci"]] for n in (0, 6, 7, 99)] == [[True, False], [True, False], [False, True], [False, True]]
+    assert all(keys["nhlbi"][0].good_for(n) for n in (0, 6, 7, 99))
+
+
+def test_who_holds_the_private_keys(load: Load, tmp_path: Path) -> None:
+    assert load(GOOD).custody == "local"
+    assert load(GOOD).key_folder("coordinator") == tmp_path / ".silotune/keys"
+    assert load(GOOD).key_folder("niddk") == tmp_path / "private/niddk/keys"
+    assert load(changed("security.keys", KEYS)).custody == "parties"
+    off = changed("security.keys", KEYS)
+    off["security"]["signing"] = False
+    assert (load(off).custody, load(off).public_keys) == ("none", {})
+
+
+def test_keys_made_on_this_machine_are_part_of_the_terms(load: Load) -> None:
+    from silotune.components import keys
+
+    federation = load(GOOD)
+    assert federation.public_keys == {}
+    keys.ensure(federation)
+    agreement = agreement_of(federation)
+    assert sorted(agreement.keys) == ["coordinator", "nci", "nhlbi", "niddk"]
+    assert len({its[0].public for its in agreement.keys.values()}) == 4
+    keys.ensure(federation)
+    assert agreement_of(federation) == agreement
+
+
 # Environment and credentials
 
 
@@ -302,6 +448,15 @@ def agreement_of(federation: Federation) -> Agreement:
         ("tracking.uri", "http://tracking"),
         ("rounds.total", 100),
         ("rounds.quorum", 3),
+        ("rounds.quorum", {"weight": 0.7}),
+        ("rounds.on_missing_quorum", "skip"),
+        ("rounds.deadline", "30m"),
+        ("rounds.min_fraction", 1.0),
+        ("rounds.stall", None),
+        ("rounds.checkpoint_every", 0),
+        ("rounds.rollback", {"max_loss_increase": 0.5}),
+        ("rounds.guards.norm_band", None),
+        ("storage.retention.updates", 3),
         ("model.base", "./moved/base"),
         ("data.fields", {"prompt": "q", "response": "r"}),
         ("export.merge", True),
@@ -324,6 +479,9 @@ def test_free_edits_leave_the_agreement_as_it_is(load: Load, path: str, value: A
         ("evaluation.max_examples", 7, "evaluation.max_examples"),
         ("silos.1.training.batch_size", 3, "silos.nci.training.batch_size"),
         ("silos.1.id", "other", "silos.nci"),
+        ("security.keys", KEYS, "custody"),
+        ("security.keys", KEYS, "keys"),
+        ("security.signing", False, "custody"),
     ],
 )
 def test_amendments_change_the_digest_and_are_allowed(load: Load, path: str, value: Any, change: str) -> None:
@@ -374,6 +532,19 @@ def test_agreement_round_trip(load: Load) -> None:
     assert again.training_of("niddk").batch_size == 8
 
 
+def test_a_rotated_key_is_an_amendment_that_names_its_party(load: Load) -> None:
+    before = agreement_of(load(changed("security.keys", KEYS)))
+    after = agreement_of(load(changed("security.keys", KEYS | {"nci": [{"public": KEY, "until": 3}, {"public": OTHER_KEY, "since": 4}]})))
+    assert before.changes(after) == ["keys.nci"]
+    assert before.forbids(after) == []
+    assert Agreement.decode(after.encode()) == after
+
+
+def test_both_ways_to_write_a_key_are_the_same_terms(load: Load) -> None:
+    short, long = (load(changed("security.keys", KEYS | {"nci": nci})) for nci in (KEY, [{"public": KEY}]))
+    assert agreement_of(short).digest == agreement_of(long).digest
+
+
 def test_agreement_names_no_path_of_a_silo(load: Load, tmp_path: Path) -> None:
     text = agreement_of(load(GOOD)).encode().decode()
     assert str(tmp_path) not in text
@@ -396,7 +567,40 @@ def test_schema_accepts_the_good_file_and_refuses_typos() -> None:
     schema = json.loads(json.dumps(json_schema()))
     jsonschema.validators.validator_for(schema).check_schema(schema)
     jsonschema.validate(changed("name", "medquad"), schema)
-    for path, value in (("trainig", {}), ("training.steps", "x"), ("silos.0.id", "Big"), ("silos", [])):
+    for path, value in (
+        ("rounds.quorum", 2),
+        ("rounds.quorum", {"weight": 0.7}),
+        ("rounds.quorum", {"count": 2, "weight": 1}),
+        ("rounds.quorum", None),
+        ("rounds.deadline", "1.5h"),
+        ("rounds.stall", None),
+        ("rounds.rollback", {"max_loss_increase": 0.5}),
+        ("security.keys", KEYS),
+        ("security.keys", KEYS | {"nci": [{"public": KEY, "until": 6}, {"public": OTHER_KEY, "since": 7}]}),
+    ):
+        Federation.model_validate(changed(path, value))  # the schema and we agree
+        jsonschema.validate(changed(path, value), schema)
+    for path, value in (
+        ("trainig", {}),
+        ("training.steps", "x"),
+        ("silos.0.id", "Big"),
+        ("silos", []),
+        ("rounds.quorum", 0),
+        ("rounds.quorum", "2"),
+        ("rounds.quorum", True),
+        ("rounds.quorum", {"cuont": 2}),
+        ("rounds.quorum", {"weight": 1.5}),
+        ("rounds.deadline", "0s"),
+        ("rounds.deadline", "soon"),
+        ("rounds.guards.norm_bnad", 3),
+        ("security.keys", KEYS | {"nci": []}),
+        ("security.keys", KEYS | {"nci": 3}),
+        ("security.keys", KEYS | {"nci": "ed25519:short"}),
+        ("security.keys", KEYS | {"nci": [{"pulbic": KEY}]}),
+        ("security.keys", KEYS | {"nci": [{"public": "x"}]}),
+    ):
+        with pytest.raises(ValueError, match="validation error"):
+            Federation.model_validate(changed(path, value))
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(changed(path, value), schema)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from silotune.components import tracking
+from silotune.components import keys, tracking
 from silotune.components.errors import UnreachableError
 from silotune.components.federation import Federation
-from silotune.components.rounds import Rounds, pooled
+from silotune.components.rounds import Commit, Contribution, Evaluation, Rounds, pooled
 from silotune.pipelines.simulate import Simulation
 
 
@@ -99,3 +101,76 @@ def test_an_unreachable_server_is_told_with_its_address(make_federation: Any, mo
     with pytest.raises(UnreachableError, match=r"http://127\.0\.0\.1:1.*silotune sync") as caught:
         tracking.sync(federation, Rounds.of(federation))
     assert caught.value.reason == "tracking unreachable"
+
+
+# Courses written by hand
+
+
+def write_round(rounds: Rounds, number: int, outcome: str, made: str, losses: dict[str, float | None] | None = None) -> None:
+    """A commit whose outgoing global is ``made``, and its scores: losses in nats per token, of 10 tokens each."""
+    part = Contribution(manifest="m", object="o", bytes=10, weight=0.5, examples=4, tokens=9, steps=2, cursor=4, norm=0.5)
+    terms = {
+        "round": number, "outcome": outcome, "custody": "local", "agreement": "a", "plan": "p", "attempt": 1,
+        "contributions": dict.fromkeys(("east", "north"), part) if outcome == "aggregated" else {}, "missing": {}, "previous": "c",
+        "incoming": "g", "outgoing": made, "best": 0, "bytes_up": 20, "bytes_down": 20, "started": 1e9 + number, "at": 1e9 + number + 1,
+    }  # fmt: skip
+    rounds.write_commit(Commit(**terms))  # type: ignore[arg-type]
+    for silo, loss in (losses or {}).items():
+        sum_ = None if loss is None else 10 * loss
+        rounds.write_evaluation(
+            Evaluation(round=number + 1, outgoing=made, silo=silo, split="valid", split_digest="d" * 64, examples=2, tokens=10, loss_sum=sum_,
+                       correct=3, at=1e9)
+        )  # fmt: skip
+
+
+@pytest.fixture
+def by_hand(make_federation: Any) -> tuple[Federation, Rounds]:
+    """Round 1 has no finite loss in one silo and is left behind by round 2, round 3 is skipped, round 4 is amended, round 5 goes on."""
+    federation = Federation.load(make_federation(tracking={"uri": "sqlite:///mlflow.db"}))
+    keys.ensure(federation)
+    rounds = Rounds.of(federation)
+    write_round(rounds, 0, "initialized", "g0", {"east": 2.0, "north": 4.0})
+    write_round(rounds, 1, "aggregated", "g1", {"east": None, "north": 9.0})
+    write_round(rounds, 2, "rolled-back", "g0")
+    write_round(rounds, 3, "skipped", "g0")
+    write_round(rounds, 4, "amended", "g0")
+    write_round(rounds, 5, "aggregated", "g5", {"east": 1.0, "north": 2.0})
+    return federation, rounds
+
+
+def test_only_rounds_that_made_a_global_have_a_loss(by_hand: tuple[Federation, Rounds]) -> None:
+    _, rounds = by_hand
+    found = dict(tracking.metrics(rounds, complete=True))
+    steps = {name: sorted(step for n, step in found if n == name) for name, _ in found}
+    assert steps["global/loss"] == steps["global/perplexity"] == steps["round/evaluated"] == steps["silo/east/loss"] == [0, 1, 5]
+    assert steps["bytes/up"] == steps["bytes/down"] == steps["round/participants"] == steps["silo/east/update_norm"] == [1, 5]
+    assert found["global/loss", 0][0] == pytest.approx(3.0)
+    assert found["global/loss", 5] == (pytest.approx(1.5), 1_000_000_006_000)
+
+
+@pytest.mark.parametrize("outcome", ["aggregated", "skipped", "rolled-back"])
+def test_the_scores_of_a_global_are_in_once_the_next_round_is_closed(make_federation: Any, outcome: str) -> None:
+    federation = Federation.load(make_federation())
+    keys.ensure(federation)
+    rounds = Rounds.of(federation)
+    write_round(rounds, 0, "initialized", "g0", {"east": 2.0})
+    write_round(rounds, 1, "amended", "g0")
+    assert ("global/loss", 0) not in dict(tracking.metrics(rounds, complete=False)), "its round was closed before it was over"
+    write_round(rounds, 2, outcome, "g1" if outcome == "aggregated" else "g0")
+    assert dict(tracking.metrics(rounds, complete=False))["global/loss", 0][0] == pytest.approx(2.0)
+
+
+def test_a_loss_that_is_not_finite_does_not_stop_the_sync(by_hand: tuple[Federation, Rounds]) -> None:
+    federation, rounds = by_hand
+    run = tracking.sync(federation, rounds, complete=True)
+    logged = history(federation.tracking.uri, run)
+    for name in ("global/loss", "global/perplexity", "silo/east/loss", "silo/east/perplexity"):
+        (first, second, third) = logged[name]
+        assert [step for step, _ in (first, second, third)] == [0, 1, 5]
+        assert second[1] > 1e308, "as large as MLflow's SQL stores can tell"
+        assert math.isfinite(first[1])
+        assert math.isfinite(third[1])
+    assert logged["silo/north/loss"][1] == (1, pytest.approx(9.0))
+    assert tracking.sync(federation, rounds, complete=True) == run
+    assert history(federation.tracking.uri, run) == logged, "and is not logged again"
+    json.dumps(logged, allow_nan=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from silotune.components import keys
 from silotune.components.federation import Federation
 from silotune.components.rounds import Commit, Contribution, Evaluation, Exported, Participant, Plan, Rounds
 
@@ -39,6 +40,7 @@ def federation(tmp_path: Path) -> Federation:
 
 @pytest.fixture
 def rounds(federation: Federation) -> Rounds:
+    keys.ensure(federation)
     return Rounds.of(federation)
 
 
@@ -61,6 +63,7 @@ class Hand:
             "round": number, "outcome": "aggregated" if number else "initialized", "agreement": self.agreement.digest, "plan": None,
             "attempt": 1, "contributions": dict.fromkeys(contributors, contribution) if number else {}, "missing": missing,
             "previous": self.last.digest if self.last else None, "incoming": None, "outgoing": f"{number:064d}",
+            "custody": "local", "best": 0,
             "bytes_up": 100 * len(contributors) if number else 0, "bytes_down": 70 if number else 0, "started": AT, "at": AT + 9,
         }  # fmt: skip
         self.last = self.rounds.write_commit(Commit(**(known | more)))
@@ -71,8 +74,8 @@ class Hand:
         for i, (silo, loss) in enumerate(losses.items()):
             n = tokens * (1 if i else 3)
             self.rounds.write_evaluation(
-                Evaluation(outgoing=f"{number:064d}", silo=silo, split=split, split_digest="d" * 64, examples=2, tokens=n, loss_sum=loss * n,
-                           correct=1, at=AT)
+                Evaluation(round=number + 1, outgoing=f"{number:064d}", silo=silo, split=split, split_digest="d" * 64, examples=2, tokens=n,
+                           loss_sum=loss * n, correct=1, at=AT)
             )  # fmt: skip
 
     def open(self, number: int) -> Plan:

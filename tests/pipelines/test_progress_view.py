@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from silotune.components.progress import Heartbeat
+from silotune.components.rounds import Evaluation
 from silotune.pipelines.progress_view import Course, View, watch
 
 SILOS = ["north", "south"]
@@ -112,6 +113,35 @@ def test_rounds_are_told_when_committed_and_losses_when_complete(federation, rou
     assert lines[1:] == ["round 1 committed, 2 of 3 silos; missing: west (failed: disk full)", "round 0 loss 5.6000, perplexity 270.43"]
     hand.evaluate(1, {"north": 4.0, "south": 4.0, "west": 4.0})
     assert view.take(event("export", "started")) == ["round 1 loss 4.0000, perplexity 54.60"]
+
+
+@pytest.mark.parametrize(("outcome", "told"), [("skipped", "skipped"), ("rolled-back", "rolled back"), ("amended", "terms amended")])
+def test_a_round_without_a_global_of_its_own_is_named_and_has_no_loss(federation, rounds, hand, outcome, told):
+    view = View(federation, rounds, 2)
+    hand.commit(0)
+    view.take(ended("initialize", "round:1 attempt:1"))
+    hand.evaluate(0, {"north": 5.0, "south": 6.0, "west": 7.0})
+    hand.commit(1, (), outcome=outcome, outgoing="0" * 64, missing={})
+    lines = view.take(ended("aggregate", "round:2 attempt:1"))
+    assert lines[1:] == ["round 0 loss 5.6000, perplexity 270.43"], "its own warning has told of it"
+    row = next(line for line in draw(view).splitlines() if told in line)
+    assert row.split()[1:4] == ["1", "…", told.split()[0]]
+
+
+def test_a_loss_that_is_not_finite_is_told_as_such(federation, rounds, hand):
+    view = View(federation, rounds, 1)
+    hand.commit(0)
+    view.take(ended("initialize", "round:1 attempt:1"))
+    hand.commit(1)
+    for silo in ("north", "south", "west"):
+        rounds.write_evaluation(
+            Evaluation(round=2, outgoing=f"{1:064d}", silo=silo, split="valid", split_digest="d" * 64, examples=2, tokens=10, loss_sum=None,
+                       correct=1, at=1.0)
+        )  # fmt: skip
+    view.take(ended("aggregate", "round:2 attempt:1"))
+    assert view.take(event("export", "started")) == []
+    assert view.done[1].evaluated
+    assert "inf" in draw(view)
 
 
 def test_a_resumed_run_does_not_tell_old_rounds_again(federation, rounds, two_rounds):

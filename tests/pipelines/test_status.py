@@ -6,12 +6,25 @@ import json
 import pytest
 from rich.console import Console
 
-from silotune.components.rounds import Report, UpdateManifest
+from silotune.components.federation import Quorum
+from silotune.components.rounds import Evaluation, Report, UpdateManifest
 from silotune.pipelines import status as stand
 
 
 def course(federation, rounds):
     return stand.status(federation, rounds).as_json()
+
+
+def shown(*tables):
+    console = Console(width=120, record=True, file=io.StringIO())
+    for table in tables:
+        console.print(table)
+    return console.export_text()
+
+
+def manifest(plan, silo):
+    return UpdateManifest(round=plan.round, silo=silo, agreement=plan.agreement, plan=plan.digest, incoming=plan.incoming, object="o", bytes=42,
+                          examples=1, tokens=1, steps=1, cursor=1, codec="float32", norm=0.0, loss=1.0)  # fmt: skip
 
 
 def test_nothing_yet(federation, rounds):
@@ -44,6 +57,14 @@ def test_a_loss_counts_from_the_quorum_on(federation, rounds, hand):
     assert course(federation, rounds)["rounds"][0]["global"]["loss"] == pytest.approx(6.0)
 
 
+def test_a_quorum_by_weight_alone_is_one_silo(federation, rounds, hand):
+    quorum = Quorum(weight=0.9)
+    relaxed = federation.model_copy(update={"rounds": federation.rounds.model_copy(update={"quorum": quorum})})
+    hand.commit(0)
+    hand.evaluate(0, {"north": 5.0})
+    assert course(relaxed, rounds)["rounds"][0]["global"]["loss"] == pytest.approx(5.0)
+
+
 def test_a_loss_counts_once_the_next_round_is_committed(federation, rounds, hand):
     hand.commit(0)
     hand.evaluate(0, {"north": 5.0})
@@ -57,6 +78,22 @@ def test_infinite_perplexity_is_null(federation, rounds, hand):
     assert course(federation, rounds)["rounds"][0]["global"] == {"loss": 800.0, "perplexity": None, "sha256": "0" * 64}
 
 
+def test_a_loss_that_is_not_finite_is_null_in_json_and_told_to_people(federation, rounds, hand):
+    hand.commit(0)
+    hand.evaluate(0, {"north": 5.0, "south": 6.0})
+    hand.commit(1)
+    for silo, loss in (("north", None), ("south", 60.0)):
+        rounds.write_evaluation(
+            Evaluation(round=2, outgoing=f"{1:064d}", silo=silo, split="valid", split_digest="d" * 64, examples=2, tokens=10, loss_sum=loss,
+                       correct=1, at=1.0)
+        )  # fmt: skip
+    found = stand.status(federation, rounds)
+    assert found.as_json()["rounds"][1]["global"] == {"loss": None, "perplexity": None, "sha256": f"{1:064d}"}
+    assert json.loads(json.dumps(found.as_json(), allow_nan=False)) == found.as_json()
+    assert "inf (2 silos)" in shown(stand.status_table(found, 3))
+    assert stand.chosen(federation, rounds).round == 0
+
+
 def test_open_round_says_who_is_missing_and_why(federation, rounds, hand):
     hand.commit(0)
     plan = hand.open(1)
@@ -64,10 +101,7 @@ def test_open_round_says_who_is_missing_and_why(federation, rounds, hand):
 
     attempt = rounds.begin_attempt(plan, {"west": "refused: base model differs"})
     rounds.write_report(Report(round=1, attempt=attempt.attempt, silo="south", status="failed", reason="out of memory"))
-    rounds.write_update(
-        UpdateManifest(round=1, silo="north", agreement=plan.agreement, plan=plan.digest, incoming=plan.incoming, object="o", bytes=42,
-                       examples=1, tokens=1, steps=1, cursor=1, codec="float32", norm=0.0, loss=1.0)
-    )  # fmt: skip
+    rounds.write_update(manifest(plan, "north"))
     found = course(federation, rounds)["rounds"][1]
     assert (found["committed"], found["participants"]) == (False, ["north"])
     assert found["missing"] == {"south": "failed: out of memory", "west": "refused: base model differs"}
@@ -76,6 +110,41 @@ def test_open_round_says_who_is_missing_and_why(federation, rounds, hand):
 
     rounds.begin_attempt(plan, {})
     assert course(federation, rounds)["rounds"][1]["missing"] == {"south": "no update yet", "west": "no update yet"}
+
+
+def test_open_round_says_why_an_update_was_refused(federation, rounds, hand):
+    hand.commit(0)
+    plan = hand.open(1)
+    rounds.begin_attempt(plan, {})
+    for silo in ("north", "south"):
+        sent = rounds.write_update(manifest(plan, silo))
+    rounds.refuse_update(1, "south", "tensor 'w' is not finite", resend=False, manifest=sent.digest)
+    west = rounds.key("rounds", "00001", "updates", "west.json")
+    rounds.store.create(west, manifest(plan, "west").encode())  # without a signature
+    found = course(federation, rounds)["rounds"][1]
+    assert found["participants"] == ["north"]
+    assert found["missing"] == {"south": "refused: tensor 'w' is not finite", "west": "refused: its manifest is not the silo's"}
+
+    rounds.write_update(manifest(plan, "south"))
+    assert course(federation, rounds)["rounds"][1]["participants"] == ["north", "south"]
+
+
+@pytest.mark.parametrize(("outcome", "told"), [("skipped", "too few silos delivered"), ("rolled-back", "is left behind")])
+def test_a_round_without_a_global_of_its_own_has_no_loss_and_says_why(federation, rounds, hand, outcome, told):
+    hand.commit(0)
+    hand.evaluate(0, {"north": 5.0, "south": 6.0, "west": 7.0})
+    hand.commit(1, (), outcome=outcome, outgoing="0" * 64, back_to=0, missing={"west": "late: 1 of 4 steps"}, bytes_up=0, bytes_down=0)
+    hand.commit(2)
+    hand.evaluate(2, {"north": 4.0, "south": 4.0, "west": 4.0})
+    found = stand.status(federation, rounds)
+    assert [r.as_json()["global"]["loss"] for r in found.rounds] == [pytest.approx(5.6), None, pytest.approx(4.0)]
+    assert found.rounds[1].as_json()["global"]["sha256"] == "0" * 64
+    assert found.rounds[1].seconds is None
+    lines = list(stand.notes(found))
+    assert any(line.startswith("round 1: ") and told in line for line in lines)
+    assert "round 1: west: late: 1 of 4 steps" in lines
+    assert stand.chosen(federation, rounds).round == 2
+    assert stand.comparison(federation, rounds).round == 2
 
 
 def test_amended_round_has_no_loss_of_its_own(federation, rounds, hand):
@@ -101,6 +170,15 @@ def test_export_is_the_one_the_file_asks_for_now(federation, rounds, two_rounds)
     assert course(merged, rounds)["export"] == "/models/2-merged"
 
 
+def test_an_export_that_cannot_be_believed_is_not_shown(federation, rounds, two_rounds):
+    third = two_rounds.commit(3)
+    two_rounds.evaluate(3, {"north": 1.0, "south": 1.0, "west": 1.0})
+    key = rounds.key("exports", f"{third.digest}.json")
+    forged = stand.export(federation, rounds).model_copy(update={"commit": third.digest, "round": 3, "location": "/elsewhere"})
+    rounds.store.create(key, forged.encode())
+    assert course(federation, rounds)["export"] == "/models/2"
+
+
 def test_is_current_turns_false_with_a_better_round(federation, rounds, two_rounds):
     assert stand.is_current(federation, rounds, stand.export(federation, rounds))
     two_rounds.commit(3)
@@ -123,10 +201,7 @@ def test_comparison_prefers_test(federation, rounds, two_rounds):
 
 
 def test_tables_show_rounds_silos_and_partial_scores(federation, rounds, two_rounds):
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(stand.status_table(stand.status(federation, rounds), 3))
-    console.print(stand.comparison_table(stand.comparison(federation, rounds)))
-    text = console.export_text()
+    text = shown(stand.status_table(stand.status(federation, rounds), 3), stand.comparison_table(stand.comparison(federation, rounds)))
     for piece in ("2 of 3", "3.2500 (2 silos)", "25.79", "north", "-2.0000"):
         assert piece in text
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from silotune.components.learning.aggregation import weigh, weighted_mean
+from silotune.components.learning.aggregation import norm_outliers, weigh, weighted_mean
 from silotune.components.learning.tensor_file import TensorFile, open_tensor_file, to_bytes, write_tensor_file
 from silotune.components.learning.update import Codec, Expectation, Header, Update, UpdateRefused, open_update, write_update
 
@@ -24,6 +24,10 @@ def arrays(seed: int, scale: float = 1.0) -> Arrays:
     return {name: (scale * rng.standard_normal(shape)).astype(np.float32) for name, shape in SHAPES.items()}
 
 
+def norm(tensors: Mapping[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(a, dtype=np.float64)) for a in tensors.values())))
+
+
 @pytest.fixture
 def incoming(tmp_path: Path) -> TensorFile:
     path = tmp_path / "incoming"
@@ -33,18 +37,21 @@ def incoming(tmp_path: Path) -> TensorFile:
 
 @pytest.fixture
 def make(tmp_path: Path) -> MakeUpdate:
-    def make(silo: str, tensors: Arrays, examples: int = 1, tokens: int = 1) -> Update:
+    def make(silo: str, tensors: Arrays, examples: int = 1, tokens: int = 1, codec: str = "float32", said: float | None = None) -> Update:
+        """``said``: the norm that the header tells, instead of the true one."""
         header = Header(
             federation="f", agreement="a", round=1, silo=silo, plan="p", base="b", incoming="i", examples=examples, tokens=tokens, steps=1,
-            cursor=1, loss=1.0, norm=0.0, codec=Codec(name="float32"), tensors={},
+            cursor=1, loss=1.0, norm=0.0, codec=Codec.model_validate({"name": codec}), tensors={},
         )  # fmt: skip
         expected = Expectation(
-            federation="f", agreement="a", plan="p", base="b", accepted=((1, "i"),), silo=silo, cursor=0, codec="float32",
+            federation="f", agreement="a", plan="p", base="b", accepted=((1, "i"),), silo=silo, cursor=0, codec=codec,
             schema={n: list(s) for n, s in SHAPES.items()},
         )  # fmt: skip
         path = tmp_path / f"{silo}.safetensors"
-        write_update(path, header, tensors)
-        return open_update(path, expected)
+        written = write_update(path, header, tensors)
+        if said is None:
+            return open_update(path, expected)
+        return Update(written.model_copy(update={"norm": said}), open_tensor_file(path))
 
     return make
 
@@ -140,3 +147,85 @@ def test_corrupt_tensor_leaves_no_file(incoming: TensorFile, three: dict[str, Up
     del three["south"]
     weighted_mean(incoming, three, weigh(three, "examples"), tmp_path / "out")
     assert (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("codec", ["float32", "bfloat16"])
+def test_the_mean_tells_what_it_was_made_of(incoming: TensorFile, make: MakeUpdate, tmp_path: Path, codec: str) -> None:
+    updates = {s: make(s, arrays(i, 10.0 ** (1 - i)), *COUNTS[s], codec=codec) for i, s in enumerate(COUNTS, 1)}
+    found = weighted_mean(incoming, updates, weigh(updates, "examples"), tmp_path / "out")
+    assert found.norms == {s: pytest.approx(norm(dict(u.tensors())), rel=1e-12) for s, u in updates.items()}
+    moved = {n: after - arrays(0)[n].astype(np.float64) for n, after in open_tensor_file(tmp_path / "out").read_all().items()}
+    assert found.change == pytest.approx(norm(moved), rel=1e-12)
+
+
+def test_updates_that_cancel_are_no_change(incoming: TensorFile, make: MakeUpdate, tmp_path: Path) -> None:
+    updates = {"a": make("a", arrays(5), 4), "b": make("b", {n: -a for n, a in arrays(5).items()}, 4)}
+    assert weighted_mean(incoming, updates, weigh(updates, "examples"), tmp_path / "out").change == 0.0
+
+
+@pytest.mark.parametrize("times", [0.5, 0.99, 1.01, 1000.0])
+@pytest.mark.parametrize("codec", ["float32", "bfloat16"])
+def test_an_update_whose_header_tells_another_norm_is_refused(
+    incoming: TensorFile, make: MakeUpdate, tmp_path: Path, codec: str, times: float
+) -> None:
+    """The norm guards are asked of headers: they must be true."""
+    times = times if codec == "float32" else times**3  # bfloat16 may be off by a hundredth
+    updates = {"honest": make("honest", arrays(1), codec=codec), "liar": make("liar", arrays(2), codec=codec, said=times * norm(arrays(2)))}
+    with pytest.raises(UpdateRefused, match=r"silo 'liar': update refused: its norm is .*, its header says") as caught:
+        weighted_mean(incoming, updates, weigh(updates, "examples"), tmp_path / "out")
+    assert caught.value.silo == "liar"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_update_of_zeros_is_refused_whatever_its_header_says(incoming: TensorFile, make: MakeUpdate, tmp_path: Path) -> None:
+    updates = {"a": make("a", arrays(1)), "idle": make("idle", {n: 0 * a for n, a in arrays(1).items()}, said=1.0)}
+    with pytest.raises(UpdateRefused, match=r"silo 'idle': update refused: its norm is 0, its header says 1"):
+        weighted_mean(incoming, updates, weigh(updates, "examples"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# Norms out of the usual
+
+
+@pytest.mark.parametrize(
+    ("norms", "recent", "outliers"),
+    [
+        ({"a": 1.0, "b": 1.0, "c": 9.9}, [], []),
+        ({"a": 1.0, "b": 1.0, "c": 10.0}, [], []),  # the edge belongs to the band
+        ({"a": 1.0, "b": 1.0, "c": 10.1}, [], ["c"]),
+        ({"a": 1.0, "b": 1.0, "c": 0.1}, [], []),
+        ({"a": 1.0, "b": 1.0, "c": 0.09}, [], ["c"]),
+        ({"a": 1.0, "b": 1.0, "c": 100.0, "d": 0.001}, [], ["c", "d"]),
+        ({"a": 50.0}, [1.0, 1.1, 0.9], ["a"]),
+        ({"a": 50.0, "b": 50.0}, [1.0, 1.1, 0.9], ["a", "b"]),  # all at once, against the rounds before
+        ({"a": 50.0}, [40.0, 60.0, 1.0], []),
+    ],
+)
+def test_norms_far_from_the_median_are_out(norms: dict[str, float], recent: list[float], outliers: list[str]) -> None:
+    assert list(norm_outliers(norms, recent, 10.0)) == outliers
+
+
+@pytest.mark.parametrize(("norms", "recent"), [({}, []), ({"a": 1.0, "b": 1e6}, []), ({"a": 1e6}, [1.0])])
+def test_few_norms_have_no_median(norms: dict[str, float], recent: list[float]) -> None:
+    assert norm_outliers(norms, recent, 10.0) == {}
+
+
+def test_the_band_is_what_the_file_says() -> None:
+    norms = {"a": 1.0, "b": 1.0, "c": 5.0}
+    assert list(norm_outliers(norms, [], 4.0)) == ["c"]
+    assert list(norm_outliers(norms, [], 6.0)) == []
+    assert list(norm_outliers({s: 1e-12 * n for s, n in norms.items()}, [], 4.0)) == ["c"], "only ratios count"
+
+
+def test_a_falling_learning_rate_is_no_outlier() -> None:
+    """Norms come divided by their learning rates: a fiftieth of the rate makes a fiftieth of the norm."""
+    before, now = 1e-3, 2e-5
+    recent = [norm / before for norm in (0.5, 0.52, 0.47)]
+    falling = {"a": 0.5 * now / before, "b": 0.51 * now / before}
+    assert norm_outliers({s: n / now for s, n in falling.items()}, recent, 10.0) == {}
+    assert list(norm_outliers({"a": 0.5 / now}, recent, 10.0)) == ["a"], "the old norm at the new rate is fifty times too large"
+
+
+def test_an_outlier_is_told_with_the_numbers() -> None:
+    said = norm_outliers({"a": 2.0, "b": 2.0, "c": 64.0}, [], 8.0)
+    assert said == {"c": "its norm is 32 times the median of recent updates, 0.12 to 8 times are allowed"}
