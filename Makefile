@@ -26,6 +26,9 @@ test: setup  ## the fast test tier
 test-slow: setup  ## crash tests on every box, whole runs on real text
 	$(BIN)/python -m pytest -m slow
 
+chaos: setup  ## 200 seeded scenarios of kills, lost answers, damaged bytes and races (twenty minutes)
+	$(BIN)/python tests/chaos/run.py
+
 lint: setup .types/silotune/components  ## ruff, mypy, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,8 +40,9 @@ lint: setup .types/silotune/components  ## ruff, mypy, import rules
 	ln -sfn ../../components .types/silotune/components
 	ln -sfn ../../pipelines .types/silotune/pipelines
 
-bench: setup  ## overhead and quality benchmarks (an hour; see docs/benchmarks.md)
+bench: setup  ## overhead, recovery and quality benchmarks (an hour; see docs/benchmarks.md)
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/quality.py
 
 docs: setup  ## regenerate docs/federation.md from the models
@@ -50,5 +54,5 @@ golden: setup  ## rewrite the compiled pipelines that tests compare with
 clean:  ## remove what the targets made, but no results
 	rm -rf $(VENV) .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
-.PHONY: help setup run test test-slow lint bench docs golden clean
+.PHONY: help setup run test test-slow chaos lint bench docs golden clean
 .DEFAULT_GOAL := help

@@ -344,7 +344,7 @@ def test_a_bad_key_is_refused_with_its_place(refused: Callable[..., list[str]], 
 
 def test_two_parties_cannot_share_a_key(refused: Callable[..., list[str]]) -> None:
     lines = refused(changed("security.keys", KEYS | {"nci": [{"public": KEY, "until": 3}, {"public": KEYS["nhlbi"], "since": 4}]}))
-    assert lines[1:] == ["  security.keys.nci: must be the party's own, is also nhlbi's; make a new one"]
+    assert lines[1:] == ["  security.keys.nhlbi: must be the party's own, is also nci's; make a new one"]
 
 
 def test_all_parties_have_keys_or_none(refused: Callable[..., list[str]]) -> None:
