@@ -55,13 +55,13 @@ def entries(rounds: Rounds, number: int = 1) -> Iterator[Entry]:
         number += 1
 
 
-def append(rounds: Rounds, entry: Entry, after: int = 0) -> Entry:
+def append(rounds: Rounds, entry: Entry, after: int | None = None) -> Entry:
     """Put an entry at the log's end, or find that whoever was faster has; its number and predecessor are filled in.
 
     Args:
-        after: number of an entry before which this one does not stand; those behind it are looked through.
+        after: number of the last entry that is known not to be this one; those behind it are looked through. Default: the last.
     """
-    number = after or _end(rounds)
+    number = _end(rounds) if after is None else after
     last = rounds.read(Entry, key(rounds, number)) if number else None
     while True:
         number += 1

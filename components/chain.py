@@ -74,10 +74,8 @@ def verify(rounds: Rounds, *, deep: bool = False) -> Chain:
         gone |= {n - 1 for n in plans if n > top + 1} | ({0} if log and not commits else set())
         chain.breaks += [f"round {n}: its commit is gone" for n in sorted(gone)]
         _verify_log(rounds, chain, log, commits, top + 1 in plans)
-        named: set[str] = set()
-        for breaks, records, names in readers.map(
-            lambda n: _verify_round(rounds, chain, commits, plans.get(n), n, present, stored), commits
-        ):
+        sent, named = _sent(present), set[str]()
+        for breaks, records, names in readers.map(lambda n: _verify_round(rounds, chain, commits, plans.get(n), n, sent, stored), commits):
             chain.breaks += breaks
             chain.records += records
             named |= names

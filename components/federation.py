@@ -26,7 +26,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from silotune.components import federation_file
 from silotune.components.errors import FederationError
-from silotune.components.federation_file import COORDINATOR, DURATION, PUBLIC_KEY, STORE_ROOT, TRACKING_URI
+from silotune.components.federation_file import COORDINATOR, DURATION, KUBERNETES_NAME, PUBLIC_KEY, QUANTITY, STORE_ROOT, TRACKING_URI
 
 SILO_ID = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
 
@@ -34,6 +34,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Duration = Annotated[str, Field(pattern=DURATION)]
+KubernetesName = Annotated[str, Field(pattern=KUBERNETES_NAME)]
 SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -143,6 +144,57 @@ class SiloTraining(Section):
     gradient_checkpointing: bool | None = Field(None, description="Instead of `training.gradient_checkpointing`.")
 
 
+class Toleration(Section):
+    """A taint of nodes that the silo's pods may run on."""
+
+    key: str | None = Field(None, description="Taint key; default: every taint.")
+    operator: Literal["Exists", "Equal"] = Field("Exists", description="`Equal` compares `value`.")
+    value: str | None = Field(None, description="With `Equal`.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="Default: every effect.")
+
+
+class SecretUse(Section):
+    """A Kubernetes Secret that the silo's work needs, in the namespace where it runs."""
+
+    name: KubernetesName = Field(description="Name of the Secret.")
+    env: dict[str, str] = Field(default_factory=dict, description="Environment variable -> key of the Secret.")
+    mount: str | None = Field(None, pattern=r"^/", description="Folder that the Secret's keys appear in as files.")
+
+
+class Claim(Section):
+    """A PersistentVolumeClaim and where it appears."""
+
+    claim: KubernetesName = Field(description="Name of the claim.")
+    mount: str = Field(pattern=r"^/", description="Folder that it appears as.")
+    read_only: bool = Field(False, description="Mounted for reading only.")
+
+
+class Placement(Section):
+    """What a silo's work needs from the cluster. Constants when the pipeline is compiled."""
+
+    namespace: KubernetesName | None = Field(None, description="Where the silo's Jobs run; with `launcher: job`, the silo's own.")
+    kubeconfig_secret: KubernetesName | None = Field(
+        None, description="Secret with a `kubeconfig` for the silo's own cluster; default: the cluster of the pipeline."
+    )
+    image: str | None = Field(None, description="Image of the silo's work, by digest: `registry/silotune-silo@sha256:…`.")
+    service_account: KubernetesName | None = Field(None, description="Account that the silo's pods run as.")
+    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes it may run on.")
+    tolerations: list[Toleration] = Field(default_factory=list, description="Taints it puts up with.")
+    affinity: dict[str, Any] = Field(default_factory=dict, description="A Kubernetes affinity, as in a pod.")
+    gpus: Annotated[int, Field(ge=0)] = Field(0, description="GPUs per pod.")
+    gpu_type: str = Field("nvidia.com/gpu", description="Resource name of the GPUs.")
+    cpu: str | None = Field(None, pattern=QUANTITY, description="CPUs, such as `4` or `500m`.")
+    memory: str | None = Field(None, pattern=QUANTITY, description="Memory, such as `16Gi`; also the limit.")
+    ephemeral_storage: str | None = Field(None, pattern=QUANTITY, description="Local disk, such as `20Gi`; also the limit.")
+    runtime_class: KubernetesName | None = Field(None, description="Runtime class, such as `nvidia` or a confidential one.")
+    priority_class: KubernetesName | None = Field(None, description="Priority class.")
+    claims: list[Claim] = Field(default_factory=list, description="Volumes: the silo's storage, its records, a cache of models.")
+    secrets: list[SecretUse] = Field(default_factory=list, description="Secrets, as files or as environment variables.")
+    config_map: KubernetesName | None = Field(None, description="ConfigMap whose key `federation.yaml` is the silo's copy of this file.")
+    trainer: Literal["job", "trainjob"] = Field("job", description="A Job, or a Kubeflow TrainJob for several nodes.")
+    nodes: Positive = Field(1, description="Pods that train together.")
+
+
 class Silo(Section):
     """One organisation, and where *it* keeps its records. Its paths are read on its side only."""
 
@@ -152,6 +204,7 @@ class Silo(Section):
     test: str | None = Field(None, description="Read by the evaluate box only.")
     storage: str = Field("", description="The silo's own folder: token shards, logs. Default `.silotune-private/<id>`.")
     training: SiloTraining = Field(default_factory=SiloTraining, description="Overrides for this silo.")
+    placement: Placement = Field(default_factory=Placement, description="Kubernetes only: what its work needs from the cluster.")
 
 
 class Until(Section):
@@ -214,7 +267,7 @@ class Rounds(Section):
         "15m", description="A silo's work that shows no sign of life for so long is stopped as hung; `null`: never."
     )
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(
-        100, description="Steps between checkpoints of a local training in the silo's own storage; 0: none."
+        25, description="Steps between checkpoints of a local training in the silo's own storage; 0: none."
     )
     rollback: Rollback | None = Field(None, description="Leave a global behind that proves worse.")
     guards: Guards = Field(default_factory=Guards, description="Checks on every commit.")
@@ -317,6 +370,10 @@ class Federation(Section):
     model: Model
     data: Data = Field(default_factory=Data)
     silos: list[Silo] = Field(min_length=1, description="The organisations that take part.")
+    launcher: Literal["job", "pod"] = Field(
+        "job",
+        description="Kubernetes only: `job` runs a silo's work as a Job in its own namespace, `pod` in the pipeline's own task, for trials.",
+    )
     rounds: Rounds = Field(default_factory=Rounds)
     training: Training = Field(default_factory=Training)
     aggregation: Aggregation = Field(default_factory=Aggregation)

@@ -23,7 +23,12 @@ STORE_ROOT = "./.silotune/store"
 TRACKING_URI = "sqlite:///./.silotune/mlflow.db"
 DURATION = r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|0+\.[0-9]*[1-9][0-9]*)(s|m|h)$"
 PUBLIC_KEY = r"^ed25519:[A-Za-z0-9+/]{43}=$"
+KUBERNETES_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
+QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 PATTERNS = {
+    KUBERNETES_NAME: "a Kubernetes name: lower-case letters, digits, inner dashes and dots",
+    QUANTITY: "a Kubernetes quantity, such as 500m, 4 or 16Gi",
+    r"^/": "an absolute path",
     DURATION: "a number above 0 and s, m or h, such as 30m",
     PUBLIC_KEY: "ed25519: and 44 characters, as `silotune keys new` prints them",
 }

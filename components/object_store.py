@@ -67,7 +67,7 @@ class ObjectMissing(SilotuneError):
     """The store holds no object of this key."""
 
     def __init__(self, key: str) -> None:
-        super().__init__(f"the store holds no object '{key}'")
+        super().__init__(f"the store holds no object '{key}'", "object missing")
         self.key = key
 
 

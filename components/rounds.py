@@ -534,12 +534,15 @@ class Rounds:
             return None
 
     def evaluations(self, outgoing: str, split: str) -> dict[str, Evaluation]:
-        """By silo; where a silo's split has changed since, the newest record."""
+        """By silo; where a silo's split has changed since, the newest record. None can be older than the global that it scores."""
         newest: dict[str, Evaluation] = {}
+        made = next((c.round for c in self.commits() if c.outgoing == outgoing), 0)
         for key in self.store.list(self.key("evaluations", outgoing) + "/"):
             if key.rsplit("/", 1)[1].startswith(f"{split}-"):
                 for found in self._believed(Evaluation, [key]):
-                    if found.silo not in newest or newest[found.silo].at < found.at:
+                    if found.round < made:
+                        self.refused[key] = f"{key}: says it is of round {found.round}, when this global was not made yet"
+                    elif found.silo not in newest or newest[found.silo].at < found.at:
                         newest[found.silo] = found
         return newest
 
@@ -606,8 +609,9 @@ class Rounds:
         message = record.message(key)
         if self.keyring.trusts(party, number, message, record.signature):
             return
-        # A silo may have left, or rotated its key, since: then the terms of the time have its key. They are the coordinator's word.
-        if party != COORDINATOR and any(verify(a.keys.get(party, []), number, message, record.signature) for a in self._terms()):
+        # A silo may have left, or rotated its key, since: then the terms of that round have its key, and they are the coordinator's word.
+        terms = self._terms(number) if party != COORDINATOR and number is not None else None
+        if terms and verify(terms.keys.get(party, []), number, message, record.signature):
             return
         raise RefusedError(
             f"{what}, and no key of security.keys.{party} that is good for round {number} made its signature; the record was altered, or the "
@@ -615,15 +619,11 @@ class Rounds:
             "bad signature",
         )
 
-    def _terms(self) -> Iterator[Agreement]:
-        """All terms that the coordinator has ever put to the silos, the newest first."""
-        latest = self.latest()
-        seen = set()
-        for number in range(latest.round + 1 if latest else 0, -1, -1):
-            named = self.plan(number) or (self.commit(number) if latest and number <= latest.round else None)
-            if named and named.agreement not in seen:
-                seen.add(named.agreement)
-                yield self.agreement(named.agreement)
+    def _terms(self, number: int) -> Agreement | None:
+        """The terms that the coordinator put to the silos in a round."""
+        if plan := self.plan(number):
+            return self.agreement(plan.agreement)
+        return self.agreement(self.commit(number).agreement) if self._committed(number) else None
 
     def create(self, record: R, key: str) -> R:
         """Sign and create if absent; returns the record that stands under the key."""

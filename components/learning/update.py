@@ -136,6 +136,11 @@ class Expectation:
     codec: str
     schema: Mapping[str, list[int]]  # tensor name -> shape
 
+    most_steps: int = WEIGHT_LIMIT
+    most_examples: int = WEIGHT_LIMIT
+    most_tokens: int = WEIGHT_LIMIT
+    """What the terms let a silo do in a round: an update counts by what its header claims, so claims have bounds."""
+
     verify: Callable[[bytes, str], bool] | None = None
     """Whether a signature of `signed_bytes` is of the silo's key, written in the one way it can be; None where silos have no keys."""
 
@@ -254,10 +259,11 @@ def open_update(path: Path, expected: Expectation) -> Update:
     if header.codec.name != expected.codec:
         raise refuse(f"codec is {header.codec.name!r}, the agreement's is {expected.codec!r}", "use the agreed codec")
     for field in ("examples", "tokens", "steps"):
-        if not 0 < getattr(header, field) <= WEIGHT_LIMIT:
-            raise refuse(f"{field} is {getattr(header, field)}, must be from 1 to {WEIGHT_LIMIT}", "train on at least one example")
-    if not 0 < header.cursor - expected.cursor <= WEIGHT_LIMIT:
-        least, most = expected.cursor + 1, expected.cursor + WEIGHT_LIMIT
+        most = getattr(expected, f"most_{field}")
+        if not 0 < getattr(header, field) <= most:
+            raise refuse(f"{field} is {getattr(header, field)}, must be from 1 to {most}", "train as long as the terms say")
+    if not 0 < header.cursor - expected.cursor <= expected.most_examples:
+        least, most = expected.cursor + 1, expected.cursor + expected.most_examples
         raise refuse(f"its data cursor is {header.cursor}, must be from {least} to {most}", "train on the next stretch of the data")
     if header.norm <= 0:
         raise refuse(

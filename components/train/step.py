@@ -96,6 +96,9 @@ def _train(federation: Federation, rounds: Rounds, plan: Plan, silo_id: str, hom
         before = open_tensor_file(rounds.fetch_object(plan.incoming, home / "incoming.safetensors")).read_all()
         model = models.load_with_state(base.folder, agreement.model, before)
     terms = agreement.training_of(silo_id)
+    if not 0 < plan.learning_rate <= terms.learning_rate:
+        rule = f"must be above 0 and at most the terms' {terms.learning_rate:g}, is {plan.learning_rate:g}"
+        raise RefusedError(f"silo {silo_id!r}: the plan's learning rate {rule}; ask the coordinator", "terms differ")
     score = evaluate_split(rounds, agreement, model, plan.incoming, open_split(home, "valid"), silo_id, "valid", pad, plan.round, pulse)
     if score.loss_sum is None:
         raise training.NonFiniteLoss("of the incoming global")

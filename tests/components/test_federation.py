@@ -112,7 +112,7 @@ def test_defaults(load: Load, tmp_path: Path) -> None:
     assert federation.quorum == Quorum(count=1, weight=None)
     assert federation.rounds.on_missing_quorum == "fail"
     assert (federation.deadline_seconds, federation.stall_seconds) == (None, 900.0)
-    assert (federation.rounds.min_fraction, federation.rounds.checkpoint_every) == (0.5, 100)
+    assert (federation.rounds.min_fraction, federation.rounds.checkpoint_every) == (0.5, 25)
     assert (federation.rounds.rollback, federation.rounds.guards.norm_band) == (None, 10.0)
     assert federation.storage.retention.updates is None
     assert (federation.security.signing, federation.custody) == (True, "local")
