@@ -167,8 +167,10 @@ def _type(about: dict[str, Any], section: str) -> str:
     if about["type"] == "array":
         return f"list of {section}" if "$ref" in about["items"] else "list of texts"
     if about["type"] == "object":
-        plain = about["additionalProperties"] == {"type": "string"}
-        return "texts by name" if plain else f"by party: {_type(about['additionalProperties'], section)}"
+        entries = about["additionalProperties"]
+        if entries is True:
+            return "mapping"
+        return "texts by name" if entries == {"type": "string"} else f"by party: {_type(entries, section)}"
     if about.get("pattern") == DURATION:
         return "time"
     kind = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false"}[about["type"]]
@@ -197,11 +199,12 @@ KEY = f"ed25519:{'A' * 43}="
 
 def edit(path: str) -> str:
     """``free``, ``amendment`` or ``new federation``: what changing this key alone means."""
+    placement = {"tolerations": [{}], "claims": [{"claim": "c", "mount": "/c"}], "secrets": [{"name": "s"}]}
     before = Federation.model_validate(
         {
             "name": "sample",
             "model": {"base": "org/base"},
-            "silos": [{"id": "north", "train": "/north"}],
+            "silos": [{"id": "north", "train": "/north", "placement": placement}],
             "rounds": {"until": {}, "quorum": 1, "rollback": {"max_loss_increase": 1.0}},
             "security": {"keys": {"coordinator": KEY, "north": [{"public": KEY, "until": 9}]}},
         }
