@@ -71,7 +71,7 @@ def verify(rounds: Rounds, *, deep: bool = False) -> Chain:
         top = max(commits, default=-1)
         gone = {n for n in range(top + 1) if rounds.key("rounds", f"{n:05d}", "commit.json") not in present}
         plans = {n: plan for n, plan in _plans(rounds, chain, present, readers).items() if plan}
-        gone |= {n - 1 for n in plans if n > top + 1} | ({0} if log and not commits else set())
+        gone |= {n - 1 for n in plans if n > top + 1}
         chain.breaks += [f"round {n}: its commit is gone" for n in sorted(gone)]
         _verify_log(rounds, chain, log, commits, top + 1 in plans)
         sent, named = _sent(present), set[str]()

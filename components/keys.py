@@ -88,12 +88,16 @@ def text_of(private: Ed25519PrivateKey) -> str:
 
 
 def ensure(federation: Federation) -> None:
-    """In local custody, make the keys that are missing. A silo whose storage cannot be written stays without, and cannot take part."""
+    """In local custody, make the keys that are missing. A silo whose storage cannot be written stays without, and cannot take part.
+
+    Raises:
+        OSError: the coordinator's own cannot be written.
+    """
     if federation.custody != "local":
         return
     for party in (COORDINATOR, *federation.silo_ids):
         folder = federation.key_folder(party)
-        with contextlib.suppress(OSError):
+        with contextlib.nullcontext() if party == COORDINATOR else contextlib.suppress(OSError):
             private, public = folder / f"{party}.pem", folder / f"{party}.pub"
             if private.exists() and public.exists():
                 continue

@@ -81,7 +81,7 @@ def _plan(federation: Federation, rounds: Rounds, latest: Commit, agreement: Agr
 
     terms = agreement.training
     cursors = cursors_after(rounds)
-    schema = schema_object(rounds, latest.outgoing)
+    schema = schema_object(rounds, latest)
     return Plan(
         round=latest.round + 1,
         agreement=agreement.digest,
@@ -102,9 +102,15 @@ def cursors_after(rounds: Rounds) -> dict[str, int]:
     return cursors
 
 
-def schema_object(rounds: Rounds, outgoing: str) -> str:
-    """Digest of the object that lists a global's tensors and their shapes."""
-    schema = {name: list(shape) for name, shape in rounds.tensor_shapes(outgoing).items()}
+def schema_object(rounds: Rounds, latest: Commit) -> str:
+    """Digest of the object that lists a global's tensors and their shapes: those of the round before, and at first of the initial global.
+
+    Raises:
+        CorruptObject: the initial global is damaged.
+    """
+    if latest.round and (plan := rounds.plan(latest.round)):
+        return min(p.tensors for p in plan.participants.values())
+    schema = {name: list(shape) for name, shape in rounds.tensor_shapes(latest.outgoing).items()}
     return rounds.put_json_object(schema)
 
 

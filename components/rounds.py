@@ -31,10 +31,10 @@ Records are signed by whom they are of (see `keys`), and none is believed before
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -76,15 +76,18 @@ class Record(Section):
 
     @classmethod
     def decode(cls, data: bytes, key: str) -> Self:
-        """Raises RefusedError where the bytes are no such record."""
+        """Raises RefusedError where the bytes are no such record, or not in the one way to write it."""
         try:
-            return cls.model_validate_json(data)
+            record = cls.model_validate_json(data)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(p) for p in first["loc"])
             raise RefusedError(
                 f"{key}: not a valid {cls.__name__} record: {where}: {first['msg']}; the object was altered or is newer"
             ) from None
+        if record.encode() != data:
+            raise RefusedError(f"{key}: not a valid {cls.__name__} record: its JSON is not canonical; the object was altered")
+        return record
 
     @property
     def digest(self) -> str:
@@ -289,7 +292,8 @@ class CorruptObject(RefusedError):
 
     def __init__(self, key: str, got: str) -> None:
         super().__init__(
-            f"object '{key}': its bytes have the digest {got[:12]}…; it was damaged in the store: `silotune verify --repair` rebuilds a global",
+            f"object '{key}': its bytes have the digest {got[:12]}…; it was damaged in the store: `silotune verify --repair` makes a global "
+            "again, other objects come from a backup",
             "object corrupt",
         )
         self.key = key
@@ -367,10 +371,13 @@ class Rounds:
         return size
 
     def tensor_shapes(self, digest: str) -> dict[str, list[int]]:
-        """Names and shapes of a safetensors object, from two ranged reads of its header."""
-        key = self.key("objects", digest)
-        length = int.from_bytes(self.store.get_range(key, 0, 8), "little")
-        header = json.loads(self.store.get_range(key, 8, length))
+        """Names and shapes of a safetensors object. All of it is read, because only the digest of all says that its header is sound.
+
+        Raises:
+            CorruptObject: the bytes in the store do not have the digest.
+        """
+        with tempfile.TemporaryDirectory() as folder, self.fetch_object(digest, Path(folder) / "tensors").open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         return {name: about["shape"] for name, about in header.items() if name != "__metadata__"}
 
     def put_json_object(self, value: Any) -> str:
@@ -380,9 +387,11 @@ class Rounds:
         return digest
 
     def json_object(self, digest: str) -> Any:
-        data = self.store.get(self.key("objects", digest))
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise RefusedError(f"object {digest[:12]}: its bytes do not have the digest in its name; restore the object from a backup")
+        """Raises CorruptObject where the bytes in the store do not have the digest, and ObjectMissing."""
+        key = self.object_key(digest)
+        data = self.store.get(key)
+        if (got := hashlib.sha256(data).hexdigest()) != digest:
+            raise CorruptObject(key, got)
         return json.loads(data)
 
     # The course of a round
@@ -503,14 +512,6 @@ class Rounds:
             refusal = Refusal(round=number, silo=silo, manifest=found, rule=rule, resend=resend, at=time.time())
             self.create(refusal, self._round(number, "refusals", f"{slot}.json"))
 
-    def update_keys(self, number: int, silo: str) -> Iterator[str]:
-        """Where a silo's manifests of a round lie, refused ones first."""
-        for count in itertools.count(1):
-            key = self._round(number, "updates", f"{_nth(silo, count)}.json")
-            if self.store.size(key) is None:
-                return
-            yield key
-
     def refusal(self, number: int, silo: str) -> Refusal | None:
         """Why a silo's last update was refused, if it was."""
         count, found = 1, None
@@ -596,6 +597,9 @@ class Rounds:
         if isinstance(record, OfSilo) and record.silo not in _filed_under(key):
             raise RefusedError(f"{key}: must be of the silo that it is filed under, is of {record.silo!r}", "filed under another silo")
         self._verify(record, key)
+        # A key that is good for another round only could else sign for this one.
+        if (number := re.search(r"/rounds/(\d+)/", key)) and int(number[1]) != (said := getattr(record, "round", None)):
+            raise RefusedError(f"{key}: must be of the round that it is filed under, is of round {said}", "filed under another round")
         return record
 
     def _verify(self, record: Record, key: str) -> None:

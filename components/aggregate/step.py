@@ -23,7 +23,7 @@ from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.learning.update import Expectation, Update, UpdateRefused, open_update
 from silotune.components.object_store import ObjectMissing
 from silotune.components.progress import tell
-from silotune.components.rounds import Commit, Contribution, CorruptObject, Plan, Rounds, Turn, UpdateManifest
+from silotune.components.rounds import Commit, Contribution, CorruptObject, Plan, Rounds, Turn, UpdateManifest, file_digest
 from silotune.components.silo_job import parse_status
 
 RECENT = 5  # rounds whose norms say what is usual
@@ -115,10 +115,14 @@ def _aggregated(
     }
     with tempfile.TemporaryDirectory(dir=federation.work) as folder:
         incoming = fetch_global(rounds, latest, Path(folder) / "incoming.safetensors")
+        for listed in {p.tensors for p in plan.participants.values()}:
+            rounds.json_object(listed)  # damage to it is no silo's fault
         accepted: dict[str, Update] = {}
+        # Outside of what a silo answers for: where the plan's own list of tensors is damaged, no update is refused for it.
+        expected = {silo: expectation(rounds, plan, agreement, silo) for silo in sorted(manifests) if silo in plan.participants}
         for silo, manifest in sorted(manifests.items()):
             try:
-                accepted[silo] = _fetch(rounds, plan, agreement, silo, manifest, Path(folder))
+                accepted[silo] = _fetch(rounds, expected.get(silo), silo, manifest, Path(folder))
             except (RefusedError, ObjectMissing) as error:
                 missing[silo] = _refuse(rounds, manifest, error)
         for silo, rule in _norm_outliers(federation, rounds, latest, plan, accepted).items():
@@ -186,11 +190,10 @@ def _absent(rounds: Rounds, plan: Plan, manifests: dict[str, UpdateManifest], tu
     return {silo: known.get(silo, "failed: no report came") for silo in plan.participants if silo not in manifests}
 
 
-def _fetch(rounds: Rounds, plan: Plan, agreement: Agreement, silo: str, manifest: UpdateManifest, folder: Path) -> Update:
+def _fetch(rounds: Rounds, expected: Expectation | None, silo: str, manifest: UpdateManifest, folder: Path) -> Update:
     """Fetch and accept one update. Raises RefusedError or ObjectMissing."""
-    if silo not in plan.participants:
+    if expected is None:
         raise UpdateRefused(silo, "it was not asked", "wait for a plan that names it")
-    expected = expectation(rounds, plan, agreement, silo)
     if rounds.object_size(manifest.object, silo) > expected.most_bytes:
         raise UpdateRefused(
             silo, f"its object is larger than the {expected.most_bytes} bytes that its tensors can take", "send the plan's tensors only"
@@ -297,9 +300,10 @@ def rebuild(rounds: Rounds, commit: Commit, path: Path) -> None:
                     f"{lost}, and so is the update of {silo}: {error}; restore one from a backup", "object corrupt"
                 ) from None
         weighted_mean(open_tensor_file(incoming), updates, {s: c.weight for s, c in maker.contributions.items()}, path)
-    rounds.store.delete(rounds.object_key(commit.outgoing))
-    if (got := rounds.put_object(path)) != commit.outgoing:
+    if (got := file_digest(path)) != commit.outgoing:
         raise RefusedError(f"{lost}; made again it has the digest {got[:12]}…; restore it from a backup", "object corrupt")
+    rounds.store.delete(rounds.object_key(commit.outgoing))  # what is there, is not written
+    rounds.put_object(path)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def work(federation_file: str, turn_text: str, *statuses: str) -> str:
     commit = rounds.commit(number)
     exported = rounds.export(_export_id(commit, federation)) or _export(federation, rounds, commit)
     audit.record_export(rounds, exported, commit.at)
+    exported = rounds.write_export(exported)  # after its entry in the log: once this stands, nobody comes back here
     tracking.record_export(federation, rounds, exported, finished=bool(Turn.parse(turn_text).done))
     return exported.location
 
@@ -68,14 +69,12 @@ def _export(federation: Federation, rounds: Rounds, commit: Commit) -> Exported:
         prefix = rounds.key("exports", f"{commit.digest[:16]}-{hashlib.sha256(canonical_json(digests)).hexdigest()[:16]}")
         for relative, path in files.items():
             rounds.store.put_file(f"{prefix}/{relative}", path)
-    return rounds.write_export(
-        Exported(
-            commit=_export_id(commit, federation),
-            round=commit.round,
-            outgoing=commit.outgoing,
-            location=rounds.store.url(prefix),
-            files=digests,
-        )
+    return Exported(
+        commit=_export_id(commit, federation),
+        round=commit.round,
+        outgoing=commit.outgoing,
+        location=rounds.store.url(prefix),
+        files=digests,
     )
 
 
