@@ -126,3 +126,35 @@ def one_at_a_time(home: Path, pulse: Pulse | None = None) -> Iterator[None]:
                 (pulse.beat if pulse else beat)("waiting", holder=False)
                 time.sleep(LOOK)
         yield
+
+
+EXIT_CODES: dict[Status, int] = {"ok": 0, "failed": 1, "refused": 4, "late": 6}
+EXIT_CODES_BY_REASON = {"data or settings are wrong": 2, "store unreachable or full": 5, "disk full": 5}
+TERMINATION_LOG = Path("/dev/termination-log")  # in a pod: what its status shows to those who may read pods
+
+
+def main(box: str, federation_file: str, silo_id: str, *arguments: str) -> int:
+    """As a Job: the status is all that stands on stdout, and the exit code says its kind, for a launcher that sees the Job's end only."""
+    import signal
+    import sys
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as a container's first process it would ignore the signal
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            turn = Turn.parse(arguments[0]) if box == "train" else None
+            status = supervise(box, federation_file, silo_id, *arguments, turn=turn)
+    except SilotuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    with contextlib.suppress(OSError):
+        if TERMINATION_LOG.is_file():
+            TERMINATION_LOG.write_text(status)
+    print(status)
+    _, kind, reason = parse_status(status)
+    return EXIT_CODES_BY_REASON.get(reason, EXIT_CODES[kind])
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,81 @@
+"""Damage: one bit of a stored object is another, as a failing disk would have it; and what must come of it.
+
+update    of the open round: refused as damaged, and sent again
+global    of a committed round: made again from its updates; that of round 0 is refused by name, for nothing is stored to make it from
+record    refused by name; an operator restores it from a backup
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from silotune.components.object_store import ObjectMissing, ObjectStore
+from silotune.components.rounds import Rounds
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One altered object."""
+
+    what: str  # update, global or record
+    key: str
+    sound: bytes
+    altered: bytes
+    mends: bool  # by itself, in the lives that follow
+
+    def there(self, store: ObjectStore) -> bool:
+        """Whether the store still has the altered bytes."""
+        try:
+            return store.get(self.key) == self.altered
+        except ObjectMissing:
+            return False
+
+    def restore(self, store: ObjectStore) -> None:
+        """As from a backup."""
+        store.delete(self.key)
+        store.create(self.key, self.sound)
+
+    def named(self, messages: list[str]) -> bool:
+        """Whether some message says which object it is."""
+        name = self.key.rsplit("/", 1)[1]
+        return any(self.key in m or (len(name) == 64 and name[:12] in m) for m in messages)
+
+
+def alter(rounds: Rounds, what: str, rng: random.Random) -> Damage | None:
+    """Flip one bit of an object of this kind; None where there is none."""
+    store, latest = rounds.store, rounds.latest()
+    if latest is None:
+        return None
+    globals_ = {rounds.object_key(c.outgoing): c.round for c in reversed(list(rounds.commits())) if c.made_global}
+    if what == "update":
+        delivered, _ = rounds.updates(latest.round + 1)
+        keys = [rounds.object_key(m.object, silo) for silo, m in delivered.items() if store.size(rounds.object_key(m.object, silo))]
+    elif what == "global":
+        keys = list(globals_)
+    else:
+        every = [k for k in store.list(rounds.key("")) if _is_record(store, k)]
+        kind = rng.choice(sorted({_kind(k) for k in every}))
+        keys = [k for k in every if _kind(k) == kind]
+    if not keys:
+        return None
+    key = rng.choice(sorted(keys))
+    sound = store.get(key)
+    place = rng.randrange(8 * len(sound))
+    altered = bytearray(sound)
+    altered[place // 8] ^= 1 << place % 8
+    store.delete(key)
+    store.create(key, bytes(altered))
+    return Damage(what, key, sound, bytes(altered), what == "update" or globals_.get(key, 0) > 0)
+
+
+def _is_record(store: ObjectStore, key: str) -> bool:
+    """Not a tensor file, nor a file of an exported model."""
+    _, kind, *rest = key.split("/")
+    return store.get(key)[:1] == b"{" if kind == "objects" else key.endswith(".json") and (kind != "exports" or len(rest) == 1)
+
+
+def _kind(key: str) -> str:
+    """Such as commit.json, updates or audit: of some kinds there are many, and each is to have its turn."""
+    parts = key.split("/")
+    return parts[3] if parts[1] == "rounds" else parts[1]

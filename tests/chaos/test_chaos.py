@@ -1,0 +1,50 @@
+"""Federations that are killed, starved, cut off, damaged and doubled come to the same globals as undisturbed ones, and lose no round."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RUN = Path(__file__).with_name("run.py")
+ALL, SOME = 200, 10
+
+
+def chaos(folder: Path, scenarios: int, **environment: str) -> dict[str, Any]:
+    """The numbers of the first so many scenarios, none of which may break."""
+    numbers = folder / "numbers.json"
+    command = [sys.executable, RUN, "--scenarios", str(scenarios), "--folder", folder / "federations", "--json", numbers]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(json.loads(numbers.read_text()))
+
+
+def test_some_scenarios(tmp_path: Path) -> None:
+    numbers = chaos(tmp_path, SOME)
+    assert numbers["scenarios"] == SOME
+    assert numbers["fault: kill -9"] > 0
+    assert numbers["fault: no room on disk"] > 0
+    assert any(name.startswith("fault: store") for name in numbers)
+
+
+@pytest.mark.chaos
+def test_all_scenarios(tmp_path: Path) -> None:
+    numbers = chaos(tmp_path, ALL)
+    for kind in ("kill -9", "kill -9 of a whole run", "no room on disk", "altered update", "altered global", "altered record"):
+        assert numbers[f"fault: {kind}"] > 0, kind
+    for kind in ("drop-before", "drop-after", "delay", "truncate", "duplicate", "flip"):
+        assert numbers[f"fault: store {kind}"] > 0, kind
+    assert any(name.startswith("fault: network") for name in numbers)
+
+
+@pytest.mark.chaos
+def test_some_scenarios_where_there_is_no_strace(tmp_path: Path) -> None:
+    numbers = chaos(tmp_path, SOME, SILOTUNE_CHAOS_TRAPS="hooks")
+    assert "hooks" in numbers["traps"]
+    assert numbers["fault: kill -9"] > 0
