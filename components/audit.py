@@ -16,7 +16,8 @@ from pydantic import Field
 
 from silotune.components.errors import RefusedError
 from silotune.components.object_store import ObjectMissing
-from silotune.components.rounds import Commit, Exported, Record, Rounds, highest
+from silotune.components.protocol import Commit, Exported, Record
+from silotune.components.rounds import Rounds, highest
 
 
 class Entry(Record):

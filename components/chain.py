@@ -20,7 +20,8 @@ from typing import TypeVar
 from silotune.components import audit
 from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.object_store import ObjectMissing
-from silotune.components.rounds import Commit, CorruptObject, Plan, Rounds, UpdateManifest
+from silotune.components.protocol import Commit, Plan, UpdateManifest
+from silotune.components.rounds import CorruptObject, Rounds
 
 T = TypeVar("T")
 Sent = dict[tuple[int, str], list[str]]  # (round, silo) -> keys

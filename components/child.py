@@ -4,19 +4,17 @@ The child is a fork: of a fresh interpreter, or, where SILOTUNE_WARM names its s
 calls ``work`` of ``silotune.components.<box>.step`` with text arguments. It leads a process group, and the whole group is killed when the
 child ends, passes its deadline, shows no sign of life, or loses its caller, whose end of the connection then closes.
 
-How a child ended is said in a fixed vocabulary: ``killed by signal 11``, ``exit code 3``, ``out of memory``, ``disk full``, ``late``,
-``hung at step 3 of 50``, ``hung``, or the reason of the error that its step raised.
+How a child ended is said in a fixed vocabulary (see `ending`): ``killed by signal 11``, ``exit code 3``, ``out of memory``, ``disk full``,
+``late``, ``hung at step 3 of 50``, ``hung``, or the reason of the error that its step raised.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import importlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -29,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from silotune.components.ending import NO_MEMORY, in_words, oom_kills, told
 from silotune.components.errors import FederationError, QuorumError, RefusedError, SilotuneError, UnreachableError
 from silotune.components.progress import HEARTBEAT_VARIABLE, RUN_VARIABLE, read_heartbeat, tell
 
@@ -37,13 +36,6 @@ DEADLINE_VARIABLE = "SILOTUNE_DEADLINE"  # in the child: Unix time in seconds, b
 ERRORS = {e.exit_code: e for e in (SilotuneError, FederationError, QuorumError, RefusedError, UnreachableError)}
 LOOK = 0.25  # seconds between looks at a child's signs of life
 PATIENCE = 2.0  # seconds for a killed child to be gone
-NO_MEMORY = "out of memory; use a smaller batch, more accumulation or gradient checkpointing"
-# What allocators below Python say: torch on a CPU, on a GPU and in its libraries, and C++ itself.
-NO_MEMORY_TEXT = re.compile(
-    r"can't allocate memory|out of memory|Cannot allocate memory|ALLOC_FAILED|bad_alloc|os error 12\b", re.IGNORECASE
-)
-DISK_FULL_TEXT = re.compile(r"No space left on device|os error 28\b|code: 28\b|Disk quota exceeded", re.IGNORECASE)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ChildDied(SilotuneError):
@@ -116,35 +108,11 @@ def call(
                 child.end()
     if child.result is None:
         memory = child.code == -signal.SIGKILL and oom_kills() > kills
-        how = "out of memory" if memory else ending(child.code)
+        how = "out of memory" if memory else in_words(child.code)
         raise ChildDied(f"{box}: {NO_MEMORY}" if memory else f"{box}: ended without a result ({how}); see its log", how)
     if child.result["exit_code"]:
         raise ERRORS[child.result["exit_code"]](child.result["message"], child.result["reason"])
     return str(child.result["output"])
-
-
-def ending(code: int | None) -> str:
-    """An exit code as ``subprocess`` counts them, in words; None is of a child whose parent has ended, and it with that."""
-    if code is None:
-        code = -signal.SIGKILL
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def oom_kills() -> int:
-    """Processes of this one's control group (else: of the machine) that the kernel has killed so far because memory ran out."""
-    places = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            if not kinds:  # version 2
-                places += [f"/sys/fs/cgroup{path}/memory.events", "/sys/fs/cgroup/memory.events"]
-            elif "memory" in kinds.split(","):  # version 1
-                places += [f"/sys/fs/cgroup/memory{path}/memory.oom_control", "/sys/fs/cgroup/memory/memory.oom_control"]
-    for place in (*places, "/proc/vmstat"):
-        with contextlib.suppress(OSError):
-            if found := re.search(r"^oom_kill (\d+)$", Path(place).read_text(), re.MULTILINE):
-                return int(found[1])
-    return 0
 
 
 @contextlib.contextmanager
@@ -284,24 +252,6 @@ def execute(request: dict[str, Any], connection: socket.socket) -> NoReturn:
         with contextlib.suppress(OSError):  # the caller is gone, and nobody wants the result
             connection.sendall(b"result " + json.dumps(result).encode() + b"\n")
     os._exit(code)  # no teardown of torch's threads: they have nothing left to do
-
-
-def told(error: Exception) -> dict[str, Any]:
-    """What others learn of an error: an exit code, a message, and a reason in the fixed vocabulary."""
-    if isinstance(error, SilotuneError):
-        return {"exit_code": error.exit_code, "message": str(error), "reason": error.reason}
-    text = str(error)
-    number = error.errno if isinstance(error, OSError) else None
-    of_memory = isinstance(error, RuntimeError) and NO_MEMORY_TEXT.search(text)
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or type(error).__name__ == "OutOfMemoryError" or of_memory:
-        return {"exit_code": 1, "message": NO_MEMORY, "reason": "out of memory"}
-    if number in DISK_FULL or DISK_FULL_TEXT.search(text):
-        what = f"{os.strerror(number or errno.ENOSPC)}: {getattr(error, 'filename', None) or 'a local file'}"
-        return {"exit_code": UnreachableError.exit_code, "message": f"{what}; free space, then run again", "reason": "disk full"}
-    if isinstance(error, OSError):
-        message = f"{error.strerror or type(error).__name__}: {error.filename or 'a local file'}; free space or give access, then run again"
-        return {"exit_code": 1, "message": message, "reason": "a local file cannot be used"}
-    return {"exit_code": 1, "message": f"unexpected {type(error).__name__}; see the log", "reason": "unexpected error"}
 
 
 def die_with(fd: int) -> None:

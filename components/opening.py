@@ -8,7 +8,8 @@ from typing import Literal
 
 from silotune.components.errors import FederationError, QuorumError, SilotuneError, UnreachableError
 from silotune.components.federation import Agreement, Federation, Until
-from silotune.components.rounds import Commit, Evaluation, Participant, Plan, Rounds, Turn, pooled
+from silotune.components.protocol import Commit, Evaluation, Participant, Plan, Turn, pooled
+from silotune.components.rounds import Rounds
 
 
 def require_quorum(federation: Federation, what: str, present: list[str], missing: dict[str, str], share: float = 1.0) -> None:

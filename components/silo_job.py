@@ -19,11 +19,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from silotune.components import child
+from silotune.components import child, ending
 from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.federation import Federation, Silo
 from silotune.components.progress import Pulse, beat, tell
-from silotune.components.rounds import Report, Rounds, Status, Turn
+from silotune.components.protocol import Report, Status, Turn
+from silotune.components.rounds import Rounds
 
 PAST_DEADLINE = "past the deadline"
 LOOK = 0.2  # seconds between tries to have a silo's folder
@@ -89,7 +90,7 @@ def _failure(error: SilotuneError | OSError) -> tuple[Status, str, str]:
         return "late", PAST_DEADLINE, str(error)
     if isinstance(error, SilotuneError):
         return ("refused" if isinstance(error, RefusedError) else "failed"), error.reason, str(error)
-    told = child.told(error)
+    told = ending.told(error)
     return "failed", told["reason"], told["message"]
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from silotune.components.errors import UnreachableError
 from silotune.components.federation import Federation
-from silotune.components.rounds import Commit, Exported, Rounds, TrackingRun, perplexity, pooled
+from silotune.components.protocol import Commit, Exported, TrackingRun, perplexity, pooled
+from silotune.components.rounds import Rounds
 
 BATCH = 1000  # metrics per request, MLflow's own limit
 REPLACES = "silotune.replaces"

@@ -11,7 +11,8 @@ from silotune.components import base_model
 from silotune.components.errors import FederationError
 from silotune.components.federation import Agreement, Federation, Silo
 from silotune.components.federation_file import is_remote
-from silotune.components.rounds import Commit, Rounds
+from silotune.components.protocol import Commit
+from silotune.components.rounds import Rounds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

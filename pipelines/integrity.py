@@ -15,7 +15,8 @@ from silotune.components.errors import FederationError, RefusedError
 if TYPE_CHECKING:
     from silotune.components.chain import Chain
     from silotune.components.federation import Federation
-    from silotune.components.rounds import Commit, Rounds
+    from silotune.components.protocol import Commit
+    from silotune.components.rounds import Rounds
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The federation file.")]
 

@@ -36,7 +36,8 @@ from silotune.components.learning.evaluation import evaluate as score
 from silotune.components.learning.records import read_records
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.preprocess import step as preprocess
-from silotune.components.rounds import Commit, Rounds, Turn, pooled
+from silotune.components.protocol import Commit, Turn, pooled
+from silotune.components.rounds import Rounds
 from silotune.components.silo_job import silo_home, status_text
 from silotune.components.train import step as train
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from silotune.components import opening
 from silotune.components.federation import Federation
-from silotune.components.rounds import Commit, Evaluation, Exported, Plan, Rounds, perplexity, pooled
+from silotune.components.protocol import Commit, Evaluation, Exported, Plan, perplexity, pooled
+from silotune.components.rounds import Rounds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

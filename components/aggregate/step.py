@@ -23,7 +23,8 @@ from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.learning.update import Expectation, Update, UpdateRefused, open_update
 from silotune.components.object_store import ObjectMissing
 from silotune.components.progress import tell
-from silotune.components.rounds import Commit, Contribution, CorruptObject, Plan, Rounds, Turn, UpdateManifest, file_digest
+from silotune.components.protocol import Commit, Contribution, Plan, Turn, UpdateManifest
+from silotune.components.rounds import CorruptObject, Rounds, file_digest
 from silotune.components.silo_job import parse_status
 
 RECENT = 5  # rounds whose norms say what is usual

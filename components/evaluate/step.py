@@ -13,7 +13,8 @@ from pathlib import Path
 from silotune.components import base_model, silo_job
 from silotune.components.federation import Federation, Silo
 from silotune.components.progress import Pulse, beating
-from silotune.components.rounds import Commit, Rounds, Split
+from silotune.components.protocol import Commit, Split
+from silotune.components.rounds import Rounds
 from silotune.components.silo_job import one_at_a_time, silo_home, status_text
 from silotune.components.train.step import check_terms, evaluate_split, open_split
 

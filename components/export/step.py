@@ -16,7 +16,8 @@ from silotune.components.aggregate.step import fetch_global
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.progress import tell
-from silotune.components.rounds import Commit, Exported, Rounds, Turn, file_digest, perplexity, pooled
+from silotune.components.protocol import Commit, Exported, Turn, perplexity, pooled
+from silotune.components.rounds import Rounds, file_digest
 from silotune.components.silo_job import parse_status
 
 

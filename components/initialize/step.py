@@ -13,7 +13,8 @@ from pathlib import Path
 from silotune.components import audit, base_model, child, keys, opening, tracking
 from silotune.components.errors import FederationError
 from silotune.components.federation import Agreement, Federation
-from silotune.components.rounds import Commit, Rounds
+from silotune.components.protocol import Commit
+from silotune.components.rounds import Rounds
 from silotune.components.silo_job import parse_status
 
 

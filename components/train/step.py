@@ -20,7 +20,8 @@ from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.learning.tensor_file import MalformedFile
 from silotune.components.learning.update import Codec, Header, read_header, write_update
 from silotune.components.progress import Pulse, beating
-from silotune.components.rounds import Evaluation, Plan, Report, Rounds, Split, Turn, UpdateManifest
+from silotune.components.protocol import Evaluation, Plan, Report, Split, Turn, UpdateManifest
+from silotune.components.rounds import Rounds
 from silotune.components.silo_job import one_at_a_time, silo_home, status_text, time_left
 
 if TYPE_CHECKING:

@@ -73,7 +73,8 @@ class World:
         folder.mkdir(parents=True, exist_ok=True)
         terms = {"steps": STEPS, "batch_size": 3, "learning_rate": 0.01}
         asked = {"total": rounds, "quorum": quorum, "checkpoint_every": 1}
-        file: Path = fixtures.write_federation(folder, self.base, SILOS, rounds=asked, training=terms, **more)
+        model = {"base": str(self.base), "lora": {"r": 2, "alpha": 4, "dropout": 0.1, "target_modules": "all-linear"}}
+        file: Path = fixtures.write_federation(folder, self.base, SILOS, model=model, rounds=asked, training=terms, **more)
         return file
 
     def reference(self, course: Course, rounds: int) -> list[str]:

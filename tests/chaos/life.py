@@ -19,10 +19,10 @@ from board import Board
 from faults import FaultyStore
 from scenario import SILOS, Scenario, Trap
 
-from silotune.components import child, rounds
+from silotune.components import child, ending, rounds
 from silotune.components.learning import training
 from silotune.components.object_store import ObjectStore, open_store
-from silotune.components.rounds import Turn
+from silotune.components.protocol import Turn
 from silotune.components.silo_job import status_text
 
 UNFORESEEN = "unexpected error"
@@ -119,7 +119,7 @@ class Life:
         try:
             return str(importlib.import_module(f"silotune.components.{box}.step").work(*arguments))
         except Exception as error:
-            told = child.told(error)
+            told = ending.told(error)
             self._messages.append(f"{box} {' '.join(arguments[1:2])}: {told['message']}")
             if told["reason"] == UNFORESEEN:
                 self._traces.append("".join(traceback.format_exception(error)))

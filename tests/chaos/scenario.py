@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 SILOS = ("east", "north", "south")
-STEPS = 2  # of every silo in every round
+STEPS = 4  # of every silo in every round, with a checkpoint after each
 BOXES = ("preprocess", "initialize", "train", "aggregate", "evaluate", "export")
 EVERY = 20  # of so many seeds, the last one is a whole run through KFP
 
@@ -20,7 +20,7 @@ EVERY = 20  # of so many seeds, the last one is a whole run through KFP
 USUAL: Mapping[str, Mapping[str, int]] = {
     "preprocess": {"openat": 80, "mkdir": 15, "flock": 1, "unlink": 1, "write": 16, "rename": 6},
     "initialize": {"openat": 221, "mkdir": 23, "flock": 4, "unlink": 19, "write": 22, "fsync": 39, "rename": 11, "link": 8, "unlinkat": 1},
-    "train": {"openat": 122, "mkdir": 7, "flock": 1, "write": 13, "rename": 7, "renameat": 2, "unlink": 7, "fsync": 15, "link": 3, "rmdir": 2},
+    "train": {"openat": 130, "mkdir": 9, "flock": 1, "write": 15, "rename": 9, "renameat": 4, "unlink": 9, "fsync": 19, "link": 3, "rmdir": 4},
     "aggregate": {"openat": 265, "mkdir": 6, "write": 12, "rename": 6, "unlink": 9, "fsync": 10, "unlinkat": 5, "link": 3},
     "evaluate": {"openat": 182, "mkdir": 6, "flock": 1, "write": 9, "rename": 4, "unlink": 7, "fsync": 9, "link": 4},
     "export": {"openat": 275, "mkdir": 12, "write": 15, "rename": 6, "renameat": 1, "unlink": 8, "fsync": 16, "unlinkat": 7, "link": 2},
@@ -102,7 +102,7 @@ def draw(seed: int) -> Scenario:
 
 def _trap(rng: random.Random, troubles: set[str], rounds: int, store: str) -> Trap | None:
     kind = rng.choice(sorted(troubles & {"kill", "full"}) or [""])
-    box = rng.choice(BOXES)
+    box = rng.choice((*BOXES, "train", "train"))  # most of a life is training
     occurrence = rng.randint(1, {"train": len(SILOS) * rounds, "aggregate": rounds, "initialize": 1, "export": 1}.get(box, len(SILOS)))
     usual = {**USUAL[box], **({"sendto": SENDS} if store == "s3" else {})}
     if kind == "kill":

@@ -22,7 +22,9 @@ import boto3
 import pytest
 from botocore.loaders import JSONFileLoader
 
-from silotune.components.object_store import DirectoryStore, ObjectStore, S3Store
+from silotune.components.directory_store import DirectoryStore
+from silotune.components.object_store import ObjectStore
+from silotune.components.s3_store import S3Store
 
 BUCKET = "silotune-tests"
 SECRET = "wJalrXUtnFEMI-do-not-print"

@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 
 from silotune.components import audit, keys
+from silotune.components.directory_store import DirectoryStore
 from silotune.components.federation import Federation
-from silotune.components.object_store import DirectoryStore
-from silotune.components.rounds import Commit, Contribution, Exported, Participant, Plan, Rounds, UpdateManifest
+from silotune.components.protocol import Commit, Contribution, Exported, Participant, Plan, UpdateManifest
+from silotune.components.rounds import Rounds
 
 SILOS = ("east", "north", "south")
 LEFT = {"total": 100}

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from silotune.components import object_store
+from silotune.components import s3_store
 from silotune.components.errors import UnreachableError
-from silotune.components.object_store import PART, S3Store, open_store
+from silotune.components.object_store import open_store
+from silotune.components.s3_store import PART, S3Store
 
 pytestmark = pytest.mark.ceph
 
@@ -53,8 +54,8 @@ def test_bytes_that_are_not_those_of_their_md5_are_not_stored(
 ) -> None:
     """As if they had been damaged on their way."""
     (tmp_path / "file").write_bytes(bytes(size))
-    md5 = object_store._md5
-    monkeypatch.setattr(object_store, "_md5", lambda data: md5(data[1:]))
+    md5 = s3_store._md5
+    monkeypatch.setattr(s3_store, "_md5", lambda data: md5(data[1:]))
     with pytest.raises(UnreachableError, match=r"cannot serve just now.*BadDigest, HTTP 400"):
         ceph.put_file("objects/1", tmp_path / "file")
     assert list(ceph.list("")) == []

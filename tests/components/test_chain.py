@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from silotune.components import audit, chain, keys, retention
+from silotune.components.directory_store import DirectoryStore
 from silotune.components.errors import RefusedError
-from silotune.components.object_store import DirectoryStore, S3Store
-from silotune.components.rounds import Commit, Rounds, UpdateManifest
+from silotune.components.protocol import Commit, UpdateManifest
+from silotune.components.rounds import Rounds
+from silotune.components.s3_store import S3Store
 
 
 def beside(name: str) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from silotune.components import child
+from silotune.components import child, ending
 from silotune.components.errors import FederationError, UnreachableError
 
 STEP = """
@@ -226,7 +226,7 @@ def test_memory_that_cannot_be_had_has_its_own_reason(way: str) -> None:
     ],
 )
 def test_what_libraries_raise_has_the_same_reasons(error: Exception, reason: str) -> None:
-    assert child.told(error)["reason"] == reason
+    assert ending.told(error)["reason"] == reason
 
 
 def test_a_child_that_the_kernel_kills_for_memory_is_out_of_memory(small_group: None, way: str) -> None:

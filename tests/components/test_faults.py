@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from silotune.components.directory_store import DirectoryStore
 from silotune.components.errors import UnreachableError
-from silotune.components.object_store import DirectoryStore, S3Store
+from silotune.components.s3_store import S3Store
 
 
 def beside(name: str) -> Any:

@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
 from silotune.components import audit, keys
+from silotune.components.directory_store import DirectoryStore
 from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Federation, PublicKey, canonical_json
-from silotune.components.object_store import DirectoryStore
-from silotune.components.rounds import (
+from silotune.components.protocol import (
     Attempt,
     Commit,
     Evaluation,
@@ -29,10 +29,10 @@ from silotune.components.rounds import (
     Record,
     Refusal,
     Report,
-    Rounds,
     TrackingRun,
     UpdateManifest,
 )
+from silotune.components.rounds import Rounds
 
 ORDER = 2**252 + 27742317777372353535851937790883648493  # of Ed25519's base point
 

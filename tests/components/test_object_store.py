@@ -23,9 +23,11 @@ from typing import Any
 
 import pytest
 
-from silotune.components import object_store
+from silotune.components import s3_store
+from silotune.components.directory_store import DirectoryStore
 from silotune.components.errors import FederationError, SilotuneError, UnreachableError
-from silotune.components.object_store import PART, DirectoryStore, ObjectMissing, ObjectStore, S3Store, open_store
+from silotune.components.object_store import ObjectMissing, ObjectStore, open_store
+from silotune.components.s3_store import PART, S3Store
 
 BUCKET = "silotune-tests"
 SECRET = "wJalrXUtnFEMI-do-not-print"
@@ -227,7 +229,7 @@ def test_open_store(s3: S3Store, tmp_path: Path) -> None:
 WRITER = """
 import os, signal, sys, time
 from pathlib import Path
-from silotune.components.object_store import DirectoryStore
+from silotune.components.directory_store import DirectoryStore
 store, how = DirectoryStore(Path(sys.argv[1])), sys.argv[2]
 """
 
@@ -587,7 +589,7 @@ def scripted(aws: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> Ite
         return S3Store("bucket", "p")
 
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
-    monkeypatch.setattr(object_store.time, "sleep", lambda _: None)
+    monkeypatch.setattr(s3_store.time, "sleep", lambda _: None)
     yield serve
     for server in servers:
         server.shutdown()
@@ -766,7 +768,7 @@ def test_an_answer_that_keeps_breaking_off_is_given_up_in_time(
         handler.end_headers()
         handler.wfile.write(b"01234")
 
-    monkeypatch.setattr(object_store, "PATIENCE", 0.0)
+    monkeypatch.setattr(s3_store, "PATIENCE", 0.0)
     with pytest.raises(UnreachableError, match="cannot be reached"):
         scripted(short).get("a")
     assert asked == [0]

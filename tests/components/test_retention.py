@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from silotune.components import audit, chain, retention
+from silotune.components.directory_store import DirectoryStore
 from silotune.components.errors import FederationError
-from silotune.components.object_store import DirectoryStore, S3Store
+from silotune.components.s3_store import S3Store
 
 
 def beside(name: str) -> Any:

@@ -15,24 +15,13 @@ from typing import Any, get_args
 import pytest
 
 from silotune.components import keys, opening
+from silotune.components.directory_store import DirectoryStore
 from silotune.components.errors import FederationError, QuorumError, RefusedError, SilotuneError, UnreachableError
 from silotune.components.federation import Agreement, Federation, Until
 from silotune.components.keys import Keyring
-from silotune.components.object_store import DirectoryStore, ObjectMissing, ObjectStore
-from silotune.components.rounds import (
-    Commit,
-    Contribution,
-    CorruptObject,
-    Evaluation,
-    Participant,
-    Plan,
-    Report,
-    Rounds,
-    Turn,
-    UpdateManifest,
-    highest,
-    pooled,
-)
+from silotune.components.object_store import ObjectMissing, ObjectStore
+from silotune.components.protocol import Commit, Contribution, Evaluation, Participant, Plan, Report, Turn, UpdateManifest, pooled
+from silotune.components.rounds import CorruptObject, Rounds, highest
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from silotune.components import child, silo_job
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation
 from silotune.components.progress import HEARTBEAT_VARIABLE, INTERVAL, Heartbeat, Pulse, beat, read_heartbeat, read_heartbeats
-from silotune.components.rounds import Report, Rounds, Turn
+from silotune.components.protocol import Report, Turn
+from silotune.components.rounds import Rounds
 from silotune.components.silo_job import parse_status, supervise
 
 STEP = """

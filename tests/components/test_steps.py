@@ -19,7 +19,8 @@ from silotune.components.federation import Federation
 from silotune.components.initialize import step as initialize
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.preprocess import step as preprocess
-from silotune.components.rounds import Rounds, Turn
+from silotune.components.protocol import Turn
+from silotune.components.rounds import Rounds
 from silotune.components.silo_job import silo_home
 from silotune.components.train import step as train
 from silotune.pipelines.simulate import Simulation

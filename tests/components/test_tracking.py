@@ -12,7 +12,8 @@ import pytest
 from silotune.components import keys, tracking
 from silotune.components.errors import UnreachableError
 from silotune.components.federation import Federation
-from silotune.components.rounds import Commit, Contribution, Evaluation, Rounds, pooled
+from silotune.components.protocol import Commit, Contribution, Evaluation, pooled
+from silotune.components.rounds import Rounds
 from silotune.pipelines.simulate import Simulation
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from silotune.components import keys
 from silotune.components.federation import Federation
-from silotune.components.rounds import Commit, Contribution, Evaluation, Exported, Participant, Plan, Rounds
+from silotune.components.protocol import Commit, Contribution, Evaluation, Exported, Participant, Plan
+from silotune.components.rounds import Rounds
 
 FILE = """
 name: hand

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from silotune.components import object_store, opening
+from silotune.components import directory_store, opening
 from silotune.components.rounds import Rounds
 from silotune.pipelines.simulate import Simulation
 
@@ -35,7 +35,7 @@ def watch(kill_at: int | None) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def around(name: str) -> None:
-        inner = getattr(object_store.DirectoryStore, name)
+        inner = getattr(directory_store.DirectoryStore, name)
 
         def write(self: Any, key: str, *rest: Any) -> Any:
             moment("before", key)
@@ -43,7 +43,7 @@ def watch(kill_at: int | None) -> None:
             moment("after", key)
             return result
 
-        setattr(object_store.DirectoryStore, name, write)
+        setattr(directory_store.DirectoryStore, name, write)
 
     link, replace = os.link, Path.replace
 
@@ -57,7 +57,7 @@ def watch(kill_at: int | None) -> None:
 
     around("create")
     around("put_file")
-    object_store.os.link = linking
+    directory_store.os.link = linking
     Path.replace = replacing  # type: ignore[method-assign]
 
 

@@ -18,7 +18,8 @@ from silotune.components.errors import FederationError, QuorumError, RefusedErro
 from silotune.components.federation import Federation
 from silotune.components.initialize import step as initialize
 from silotune.components.preprocess import step as preprocess
-from silotune.components.rounds import Attempt, Record, Report, Rounds, Turn, UpdateManifest
+from silotune.components.protocol import Attempt, Record, Report, Turn, UpdateManifest
+from silotune.components.rounds import Rounds
 from silotune.components.train import step as train
 from silotune.pipelines.simulate import Simulation
 

@@ -28,7 +28,8 @@ import pytest
 
 from silotune.components.errors import FederationError, UnreachableError
 from silotune.components.federation import Federation
-from silotune.components.object_store import PART, ObjectMissing, S3Store
+from silotune.components.object_store import ObjectMissing
+from silotune.components.s3_store import PART, S3Store
 from silotune.pipelines import policies
 
 spec = importlib.util.spec_from_file_location("stores_to_test_with", Path(__file__).parents[1] / "components" / "conftest.py")

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from silotune.components.progress import Heartbeat
-from silotune.components.rounds import Evaluation
+from silotune.components.protocol import Evaluation
 from silotune.pipelines.progress_view import Course, View, watch
 
 SILOS = ["north", "south"]

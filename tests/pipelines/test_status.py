@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from silotune.components.federation import Quorum
-from silotune.components.rounds import Evaluation, Report, UpdateManifest
+from silotune.components.protocol import Evaluation, Report, UpdateManifest
 from silotune.pipelines import status as stand
 
 

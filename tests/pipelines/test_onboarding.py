@@ -1,0 +1,300 @@
+"""A silo's folder builds, grants what its README says and no more; a silo that leaves is cut out of the file and of nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from silotune.components.errors import FederationError
+from silotune.components.federation import Federation
+from silotune.pipelines import onboarding
+from silotune.pipelines.policies import silo_policy
+
+
+def _load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"onboarding_{name}", Path(__file__).parents[1] / "k8s" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+rules, reach, admission, shared = (_load(name) for name in ("rules", "reach", "admission", "conftest"))
+build, job = shared.build, shared.job  # fixtures
+KEYS = {party: f"ed25519:{'A' * 42}{letter}=" for party, letter in (("coordinator", "A"), ("north", "E"), ("south", "I"), ("west", "M"))}
+IMAGE = "registry.example/silotune-silo@sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+FILE = f"""\
+# The terms of three hospitals.
+name: trial
+model: {{base: /silo/base}}
+silos:   # in the order of their joining
+  # the one in the north
+  - id: north
+    train: /silo/north/train.jsonl   # since May
+    storage: /silo/north
+  # the one in the south
+  - id: south
+    train: /silo/south/train.jsonl
+    storage: /silo/south
+
+  # the one in the west
+  - {{id: west, train: /silo/west/train.jsonl, storage: /silo/west}}
+# how it goes on
+rounds: {{total: 3, quorum: 2, deadline: 30m}}
+storage: {{root: "s3://bucket/team"}}
+security:
+  keys:
+    coordinator: {KEYS["coordinator"]}
+    north: {KEYS["north"]}   # by telephone
+    south:
+      - {{public: "{KEYS["south"]}", since: 2}}
+    west: {KEYS["west"]}
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Federation]:
+    def write(old: str = "", new: str = "", text: str = FILE) -> Federation:
+        assert old in text
+        (tmp_path / "f.yaml").write_text(text.replace(old, new))
+        return Federation.load(tmp_path / "f.yaml")
+
+    return write
+
+
+@pytest.fixture
+def onboard(load: Callable[..., Federation], tmp_path: Path) -> Callable[..., Path]:
+    def write(silo: str = "north", **more: Any) -> Path:
+        folder = tmp_path / "folder" / silo
+        given: dict[str, Any] = {"images": [IMAGE], "store_cidrs": ["10.20.0.0/28"], "endpoint": "https://s3.example"}
+        files = onboarding.write_silo(load(), silo, folder, **(given | more))
+        assert set(files) == {f for f in folder.rglob("*") if f.is_file()}
+        return folder
+
+    return write
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gpu": {"gpus": 2},
+    "own-cluster": {"own_cluster": True},
+    "bare": {"store_cidrs": [], "endpoint": ""},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_folder_builds_and_keeps_to_every_rule(onboard: Callable[..., Path], build: Any, variant: str) -> None:
+    objects = build(onboard(**VARIANTS[variant]))
+    for o in objects:
+        kubernetes_validate.validate(o, "1.34", strict=True)
+    assert all(o["automountServiceAccountToken"] is False for o in objects if o["kind"] == "ServiceAccount")
+    assert rules.broken(objects) == []
+    assert {o["metadata"].get("namespace", "silotune-north") for o in objects} == {"silotune-north"}
+
+
+def test_the_production_example_is_what_onboarding_writes(onboard: Callable[..., Path], build: Any) -> None:
+    def told(objects: list[Any]) -> dict[tuple[str, str], Any]:
+        return {(o["kind"], o["metadata"]["name"]): o for o in objects if o["kind"] != "PersistentVolumeClaim"}
+
+    written = told(build(onboard(gpus=1, endpoint="https://s3.storage.example")))
+    assert written.pop(("ConfigMap", "silotune-federation"))
+    example = told(build(onboarding.MANIFESTS / "overlays" / "example-production" / "silo-north"))
+    example["ConfigMap", "silotune-job-terms"]["data"]["maxSeconds"] = str(1800 + onboarding.MARGIN)
+    assert written == example
+
+
+def test_the_probe_of_the_network_is_a_pod_like_any_job(onboard: Callable[..., Path], build: Any, job: Any) -> None:
+    folder = onboard()
+    probe = yaml.safe_load((folder / "probe.yaml").read_text())
+    kubernetes_validate.validate(probe, "1.34", strict=True)
+    assert rules.broken([*build(folder), probe]) == []
+    assert probe["metadata"]["labels"] == job["spec"]["template"]["metadata"]["labels"]
+    assert "probe.yaml" not in yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+
+
+def test_its_policy_admits_the_launchers_job_and_not_anothers(onboard: Callable[..., Path], build: Any, job: Any) -> None:
+    for silo, refused in (("north", []), ("south", ["args"])):
+        objects = build(onboard(silo))
+        (policy,) = (o for o in objects if o["kind"] == "ValidatingAdmissionPolicy")
+        (terms,) = (o for o in objects if o["metadata"]["name"] == "silotune-job-terms")
+        assert policy["metadata"]["name"] == f"silotune-jobs-{silo}"
+        assert admission.refusals(policy, terms, job) == refused
+    job["spec"]["activeDeadlineSeconds"] = 1800 + onboarding.MARGIN + 1
+    assert "deadline" in admission.refusals(policy, terms, job)
+
+
+def test_its_jobs_reach_the_store_it_was_told_of(onboard: Callable[..., Path], build: Any) -> None:
+    labels = {"app.kubernetes.io/component": "silo-job"}
+    network = reach.Network(build(onboard(endpoint="http://store.example:8333", store_cidrs=["10.20.0.0/28", "fd00::/64"])))
+    pod = reach.End("silotune-north", labels)
+    for address in ("10.20.0.3", "fd00::7"):
+        assert network.reaches(pod, reach.End(address=address), 8333)
+        assert not network.reaches(pod, reach.End(address=address), 443)
+    assert not network.reaches(pod, reach.End(address="10.20.1.3"), 8333)
+
+
+@pytest.mark.parametrize(
+    ("more", "subject"),
+    [
+        ({}, "silotune/silotune-launcher"),
+        ({"launcher": "team/runner"}, "team/runner"),
+        ({"own_cluster": True}, "silotune-north/silotune-launcher"),
+    ],
+)
+def test_rights_go_to_the_account_that_is_named(onboard: Callable[..., Path], build: Any, more: dict[str, Any], subject: str) -> None:
+    folder = onboard(**more)
+    (binding,) = (o for o in build(folder) if o["kind"] == "RoleBinding")
+    namespace, name = subject.split("/")
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": name, "namespace": namespace}]
+    assert f"`system:serviceaccount:{namespace}:{name}`" in (folder / "README.md").read_text()
+
+
+def test_the_terms_and_rights_in_the_folder_are_those_of_the_federation(onboard: Callable[..., Path], build: Any, tmp_path: Path) -> None:
+    folder = onboard()
+    assert (folder / "federation.yaml").read_text() == FILE
+    (mounted,) = (o for o in build(folder) if o["metadata"]["name"] == "silotune-federation")
+    assert mounted["data"] == {"federation.yaml": FILE}
+    assert json.loads((folder / "iam-policy.json").read_text()) == silo_policy(Federation.load(tmp_path / "f.yaml"), "north", tls_only=True)
+    for file in (folder / "base").iterdir():
+        assert file.read_bytes() == (onboarding.MANIFESTS / "base" / "silo" / file.name).read_bytes(), (
+            "what was reviewed is what is applied"
+        )
+
+
+def test_the_readme_says_what_is_granted_to_whom_and_how_to_revoke_it(onboard: Callable[..., Path]) -> None:
+    text = (onboard() / "README.md").read_text()
+    for word in (IMAGE, KEYS["coordinator"], KEYS["north"], "10.20.0.0/28", "kubectl delete -k .", "delete rolebinding silotune-launcher"):
+        assert word in text
+    assert KEYS["south"] not in text
+    for secret in ("silotune-s3", "silotune-keys", "silotune-registry"):
+        assert re.search(rf"- \[ \] .*{secret}", text)
+    assert not re.search(r"[{}]", text), "a place was left unfilled"
+
+
+def test_what_is_left_to_do_is_told(onboard: Callable[..., Path], load: Callable[..., Federation], tmp_path: Path) -> None:
+    assert "create token" not in (onboard() / "README.md").read_text()
+    assert "create token" in (onboard("south", own_cluster=True) / "README.md").read_text()
+    federation = load("{base: /silo/base}", "{base: org/model}  # ${HERE}")
+    onboarding.write_silo(federation, "west", tmp_path / "w", images=[IMAGE])
+    text = (tmp_path / "w" / "README.md").read_text()
+    assert "`model.base` is `org/model`" in text
+    assert "NetworkPolicy `jobs-to-store`" in text
+    assert "`${NAME}`" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "problem"),
+    [
+        ({"images": []}, "image: must name at least one"),
+        ({"images": ["registry.example/silotune-silo:1.0"]}, "a tag can change its content"),
+        ({"store_cidrs": ["0.0.0.0/0"]}, "must not be everywhere"),
+        ({"store_cidrs": ["store.example"]}, "must be a range"),
+        ({"endpoint": "store.example"}, "endpoint: must be http"),
+        ({"launcher": "silotune-launcher"}, "launcher: must be namespace/service-account"),
+        ({"storage": "much"}, "storage: must be a size"),
+    ],
+)
+def test_an_argument_of_the_wrong_form_is_refused(onboard: Callable[..., Path], tmp_path: Path, more: dict[str, Any], problem: str) -> None:
+    with pytest.raises(FederationError, match=re.escape(problem)):
+        onboard(**more)
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("train: /silo/north/train.jsonl ", "train: ./train.jsonl ", "silos[0].train: must lie in the silo's volume, under /silo"),
+        ("    storage: /silo/north\n", "", "silos[0].storage: must lie in the silo's volume"),
+        ("storage: {root", "launcher: pod\nstorage: {root", "launcher: must be job, got 'pod'"),
+        (FILE[FILE.index("security:") :], "", "security.keys: must name a key of every party"),
+        ('"s3://bucket/team"', "/store", "storage.root: must be s3://bucket/prefix"),
+    ],
+)
+def test_a_file_that_cannot_run_there_is_refused(load: Callable[..., Federation], tmp_path: Path, old: str, new: str, problem: str) -> None:
+    with pytest.raises(FederationError, match=re.escape(problem)):
+        onboarding.write_silo(load(old, new), "north", tmp_path / "folder", images=[IMAGE])
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(onboard: Callable[..., Path]) -> None:
+    folder = onboard()
+    (folder / "federation.yaml").write_text("of the silo")
+    with pytest.raises(FederationError, match="must be an empty folder"):
+        onboard()
+    assert (folder / "federation.yaml").read_text() == "of the silo"
+
+
+# --- leaving ---
+
+
+def test_a_silo_is_cut_out_and_comments_stay(load: Callable[..., Federation]) -> None:
+    text = onboarding.without_silo(load(), "south")
+    gone = (
+        "  # the one in the south\n", "  - id: south\n", "    train: /silo/south/train.jsonl\n", "    storage: /silo/south\n",
+        "    south:\n", f'      - {{public: "{KEYS["south"]}", since: 2}}\n',
+    )  # fmt: skip
+    expected = FILE
+    for line in gone:
+        expected = expected.replace(line, "")
+    assert text == expected
+
+
+@pytest.mark.parametrize("silo", ["north", "south", "west"])
+def test_what_is_left_is_the_same_federation_without_it(load: Callable[..., Federation], silo: str) -> None:
+    before = load()
+    after = load("", "", onboarding.without_silo(before, silo))
+    assert after.silo_ids == [s for s in before.silo_ids if s != silo]
+    assert after.public_keys == {party: keys for party, keys in before.public_keys.items() if party != silo}
+    assert after.model_dump(exclude={"silos", "security"}) == before.model_dump(exclude={"silos", "security"})
+
+
+@pytest.mark.parametrize("silo", ["a", "b", "c"])
+def test_a_flow_list_is_cut_as_well(load: Callable[..., Federation], silo: str) -> None:
+    items = ", ".join(f"{{id: {s}, train: /silo/{s}.jsonl, storage: /silo/{s}}}" for s in "abc")
+    text = f"name: t\nmodel: {{base: /b}}\nsilos: [{items}]  # three\n"
+    after = onboarding.without_silo(load(text=text), silo)
+    assert [s["id"] for s in yaml.safe_load(after)["silos"]] == [s for s in "abc" if s != silo]
+    assert after.endswith("]  # three\n")
+
+
+def test_a_silo_that_the_quorum_needs_stays(load: Callable[..., Federation]) -> None:
+    for quorum in ("3", "{count: 3}"):
+        federation = load("quorum: 2", f"quorum: {quorum}")
+        for leave in (onboarding.without_silo, onboarding.offboard_text):
+            with pytest.raises(FederationError, match="at most the number of silos, 2 without south, got 3; lower it first"):
+                leave(federation, "south")
+
+
+def test_the_last_silo_and_a_stranger_cannot_leave(load: Callable[..., Federation]) -> None:
+    alone = load(text="name: t\nmodel: {base: /b}\nsilos:\n  - {id: a, train: /a}\n")
+    with pytest.raises(FederationError, match="the only silo"):
+        onboarding.without_silo(alone, "a")
+    with pytest.raises(FederationError, match="is not in federation"):
+        onboarding.offboard_text(alone, "b")
+
+
+def test_a_text_that_cannot_be_cut_safely_is_refused(load: Callable[..., Federation]) -> None:
+    text = "name: t\nmodel: {base: /b}\nsilos:\n  - &x\n    id: a\n    train: &t /a\n  - {id: b, train: *t}\n  - {id: c, train: /c}\n"
+    with pytest.raises(FederationError, match="cut out safely; take its item and its key out by hand"):
+        onboarding.without_silo(load(text=text), "a")
+
+
+def test_leaving_is_told_with_its_round_and_its_commands(load: Callable[..., Federation]) -> None:
+    text = onboarding.offboard_text(load(), "south", 4)
+    assert "From round 4 on" in text
+    assert "Left: north, west; the quorum is\n2 of 2" in text
+    assert "Three silos or more hide an update" in text
+    for command in ("silotune gc f.yaml --silo south", "kubectl --namespace silotune-south delete rolebinding", "s3://bucket/team/trial"):
+        assert command in text
+    assert "the next round that is opened" in onboarding.offboard_text(load(), "south")
+    assert not re.search(r"[{}]", text)
