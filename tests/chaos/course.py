@@ -25,7 +25,7 @@ from damage import Damage, alter
 from faults import FaultyProxy
 from invariants import Broken, Course, require
 from life import Gate, Life, prepare
-from scenario import SILOS, STEPS, Ordeal, Scenario, Trap
+from scenario import S3_VARIABLE, SILOS, STEPS, Ordeal, Scenario, Trap
 
 from silotune.components.federation import Federation
 from silotune.components.rounds import Rounds
@@ -64,6 +64,7 @@ class World:
     folder: Path
     server: subprocess.Popen[str] | None = None
     endpoint: str = ""
+    bucket: str = BUCKET
 
     @property
     def base(self) -> Path:
@@ -96,8 +97,10 @@ class World:
         return [str(digest) for digest in json.loads(known.read_text())]
 
     def s3(self) -> str:
-        """The endpoint of this worker's own S3 server."""
-        if not self.server:
+        """The endpoint of the S3 server that was given, or of this worker's own."""
+        if given := os.environ.get(S3_VARIABLE):
+            self.endpoint, self.bucket = given, os.environ["SILOTUNE_CHAOS_BUCKET"]
+        elif not self.server:
             self.server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             assert self.server.stdout
             self.endpoint = self.server.stdout.readline().strip()
@@ -194,9 +197,9 @@ class Scene:
     def __post_init__(self) -> None:
         self.began = time.monotonic()
         s3 = self.scenario.store == "s3"
-        more = {"storage": {"root": f"s3://{BUCKET}/{self.folder.name}-{os.getpid()}-{time.time_ns()}"}} if s3 else {}
         if s3:
             os.environ["AWS_ENDPOINT_URL"] = self.world.s3()
+        more = {"storage": {"root": f"s3://{self.world.bucket}/{self.folder.name}-{os.getpid()}-{time.time_ns()}"}} if s3 else {}
         self.file = self.world.federation(self.folder, self.scenario.rounds, self.scenario.quorum, **more)
         self.federation = Federation.load(self.file)
         self.committed: dict[int, str] = {}

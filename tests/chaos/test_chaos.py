@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+spec = importlib.util.spec_from_file_location("stores_of_chaos", Path(__file__).parents[1] / "components" / "conftest.py")
+stores = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(stores)
+gateway = stores.gateway  # a fixture
 
 RUN = Path(__file__).with_name("run.py")
 ALL, SOME = 200, 10
@@ -31,6 +38,17 @@ def test_some_scenarios(tmp_path: Path) -> None:
     assert numbers["fault: kill -9"] > 0
     assert numbers["fault: no room on disk"] > 0
     assert any(name.startswith("fault: store") for name in numbers)
+
+
+@pytest.mark.ceph
+def test_some_scenarios_on_a_real_s3(tmp_path: Path, gateway: Any) -> None:
+    bucket = f"chaos-{uuid.uuid4().hex[:8]}"
+    gateway.client().create_bucket(Bucket=bucket)
+    keys = {"AWS_ACCESS_KEY_ID": gateway.access_key, "AWS_SECRET_ACCESS_KEY": gateway.secret_key, "AWS_DEFAULT_REGION": "us-east-1"}
+    numbers = chaos(tmp_path, 4, SILOTUNE_CHAOS_S3=gateway.endpoint, SILOTUNE_CHAOS_BUCKET=bucket, **keys)
+    assert numbers["fault: kill -9"] > 0
+    kept = gateway.client().list_objects_v2(Bucket=bucket, MaxKeys=1)
+    assert kept["KeyCount"] == 1, "the federations were there"
 
 
 @pytest.mark.chaos

@@ -1,0 +1,353 @@
+"""Onboarding: the folder that a silo applies to its cluster, and how a silo leaves again.
+
+    write_silo(federation, silo, folder, images=…)     kustomize files, IAM policy, the silo's copy of the terms, and a README.md
+    without_silo(federation, silo)                     the federation file's text without the silo, comments kept
+    offboard_text(federation, silo)                    what leaving means, from which round on, and what to delete where
+
+The manifests are those of ``k8s/base/silo``, copied, not generated: what a platform engineer has read there is what is applied, and all
+that is the silo's own stands as patches in one `kustomization.yaml`. They are found beside this package (``../k8s``), which is the repository's
+root in a checkout and ``site-packages/silotune`` where silotune is installed.
+
+Secrets are never written: README.md lists the commands with which the silo makes them, on its side.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from silotune.components.errors import FederationError
+from silotune.components.federation import Federation, Silo
+from silotune.components.federation_file import COORDINATOR, is_remote
+from silotune.pipelines.policies import silo_policy
+
+MANIFESTS = Path(__file__).parents[1] / "k8s"
+NAMESPACE = "silotune-silo"  # in k8s/base/silo
+MOUNT = "/silo"  # where a Job has the silo's volume
+IMAGE = r"[a-z0-9./:_-]+@sha256:[0-9a-f]{64}"  # as the admission policy asks for it
+ACCOUNT = "silotune/silotune-launcher"  # namespace and name of the coordinator's service account
+MARGIN = 1800  # seconds that a Job may have beyond the deadline: to be scheduled, pull its image, tell its end
+LONGEST = 86400  # seconds a Job may have where the federation has no deadline
+
+
+def write_silo(
+    federation: Federation,
+    silo_id: str,
+    folder: Path,
+    *,
+    images: Sequence[str],
+    store_cidrs: Sequence[str] = (),
+    endpoint: str = "",
+    launcher: str = ACCOUNT,
+    own_cluster: bool = False,
+    gpus: int = 0,
+    storage: str = "50Gi",
+) -> list[Path]:
+    """Write a silo's folder, ready for ``kubectl apply -k`` or GitOps; returns its files. Namespace and policy bear the silo's id.
+
+    Args:
+        folder: is made; must be absent or empty, since a silo may have edited an older one.
+        images: what may run on the silo's records, each as ``registry/name@sha256:…``.
+        store_cidrs: address ranges of the store, the only ones that Jobs can reach. Without any they reach nothing, until one is put in.
+        endpoint: the store's URL; empty for AWS.
+        launcher: ``namespace/name`` of the coordinator's service account in the silo's cluster.
+        own_cluster: the coordinator has no account in the silo's cluster; one is made in the silo's namespace, and its token handed over.
+        gpus: how many the silo's Jobs may use together; above 0 adds the runtime class of ``k8s/components/gpu``.
+        storage: size of the silo's volume, as Kubernetes writes it.
+
+    Raises:
+        FederationError: no such silo; a file that cannot run on Kubernetes; an argument of the wrong form; the folder is not empty.
+    """
+    silo = federation.silo(silo_id)
+    problems = [*_unfit(federation, silo), *_malformed(images, store_cidrs, endpoint, launcher, storage)]
+    if problems:
+        raise FederationError("\n".join([f"silo {silo_id} cannot be onboarded: {len(problems)} to correct", *(f"  {p}" for p in problems)]))
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FederationError(f"{folder}: must be an empty folder or none, since files of the silo's own would be lost; name another")
+    policy = silo_policy(federation, silo_id, tls_only=not endpoint.startswith("http://"))
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(MANIFESTS / "base" / "silo", folder / "base", ignore=shutil.ignore_patterns("__*"))
+    if gpus:
+        shutil.copytree(MANIFESTS / "components" / "gpu", folder / "gpu", ignore=shutil.ignore_patterns("__*"))
+    namespace = f"silotune-{silo_id}"
+    account = f"{namespace}/silotune-launcher" if own_cluster else launcher
+    if own_cluster:
+        (folder / "launcher.yaml").write_text(_handout("launcher.yaml").format(namespace=namespace))
+    patches = _patches(federation, silo_id, images, store_cidrs, endpoint, account, gpus, storage)
+    kustomization: dict[str, Any] = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": ["base", *(["launcher.yaml"] if own_cluster else [])],
+        **({"components": ["gpu"]} if gpus else {}),
+        "configMapGenerator": [{"name": "silotune-federation", "namespace": namespace, "files": ["federation.yaml"]}],
+        "generatorOptions": {"disableNameSuffixHash": True},
+        "patches": [{"target": target, "patch": yaml.safe_dump(operations, sort_keys=False, width=140)} for target, operations in patches],
+    }
+    head = f"# Silo {silo_id} of federation {federation.name}: what of base/ is this silo's own. README.md says what it grants.\n"
+    (folder / "kustomization.yaml").write_text(head + yaml.dump(kustomization, Dumper=_Blocks, sort_keys=False, width=140))
+    shutil.copyfile(federation.file, folder / "federation.yaml")
+    (folder / "iam-policy.json").write_text(json.dumps(policy, indent=2) + "\n")
+    (folder / "probe.yaml").write_text(_handout("probe.yaml").format(namespace=namespace))
+    (folder / "README.md").write_text(_readme(federation, silo, account, images, store_cidrs, endpoint, own_cluster))
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _unfit(federation: Federation, silo: Silo) -> list[str]:
+    """Why a federation file is none for a silo on Kubernetes."""
+    where = f"silos[{[s.id for s in federation.silos].index(silo.id)}]"
+    problems = []
+    if federation.launcher != "job":
+        problems.append(f"launcher: must be job, got {federation.launcher!r}; with pod all silos share the coordinator's namespace")
+    if federation.custody != "parties":
+        problems.append("security.keys: must name a key of every party; make them with `silotune keys new`, each on its owner's machine")
+    for name in ("train", "valid", "test", "storage"):
+        place = getattr(silo, name)
+        if place is not None and not is_remote(place) and Path(MOUNT) not in (Path(place), *Path(place).parents):
+            problems.append(
+                f"{where}.{name}: must lie in the silo's volume, under {MOUNT}, got {place!r}; write it as the silo's Job sees it"
+            )
+    return problems
+
+
+def _malformed(images: Sequence[str], cidrs: Sequence[str], endpoint: str, launcher: str, storage: str) -> list[str]:
+    problems = [
+        f"image: must be registry/name@sha256:<64 hex digits>, got {i!r}; a tag can change its content" for i in images if not _is(IMAGE, i)
+    ]
+    if not images:
+        problems.append("image: must name at least one, by digest; without any nothing may run")
+    for cidr in cidrs:
+        try:
+            if ipaddress.ip_network(cidr).prefixlen == 0:
+                problems.append(f"store address: must not be everywhere, got {cidr!r}; name the range of the store")
+        except ValueError as error:
+            problems.append(f"store address: must be a range such as 10.20.0.0/28, got {cidr!r}: {error}")
+    if not _is(r"(https?://[A-Za-z0-9.-]+(:\d+)?/?)?", endpoint):
+        problems.append(f"endpoint: must be http(s)://host[:port], got {endpoint!r}; empty is AWS")
+    if not _is(r"[a-z0-9-]{1,63}/[a-z0-9.-]{1,253}", launcher):
+        problems.append(f"launcher: must be namespace/service-account, got {launcher!r}; the usual one is {ACCOUNT}")
+    if not _is(r"[1-9][0-9]*(Gi|Ti)", storage):
+        problems.append(f"storage: must be a size such as 50Gi, got {storage!r}")
+    return problems
+
+
+def _is(pattern: str, text: str) -> bool:
+    return re.fullmatch(pattern, text) is not None
+
+
+def _patches(
+    federation: Federation, silo: str, images: Sequence[str], cidrs: Sequence[str], endpoint: str, account: str, gpus: int, storage: str
+) -> list[tuple[dict[str, str], list[dict[str, Any]]]]:
+    """(target, JSON patch) of all that differs from ``k8s/base/silo``."""
+
+    def put(path: str, value: Any) -> dict[str, Any]:  # `add` also replaces what is there
+        return {"op": "add", "path": path, "value": value}
+
+    namespace, policy = f"silotune-{silo}", f"silotune-jobs-{silo}"
+    seconds = int(federation.deadline_seconds) + MARGIN if federation.deadline_seconds else LONGEST
+    port = int(match[1]) if (match := re.search(r":(\d+)/?$", endpoint)) else 80 if endpoint.startswith("http://") else 443
+    subject_namespace, subject = account.split("/")
+    flow = [put("/spec/egress/0/ports/0/port", port)]
+    if cidrs:
+        flow.append(put("/spec/egress/0/to", [{"ipBlock": {"cidr": cidr}} for cidr in cidrs]))
+    patches: list[tuple[dict[str, str], list[dict[str, Any]]]] = [
+        ({"namespace": NAMESPACE}, [put("/metadata/namespace", namespace)]),
+        ({"kind": "Namespace", "name": NAMESPACE}, [put("/metadata/name", namespace)]),
+        (
+            {"kind": "ConfigMap", "name": "silotune-job-terms"},
+            [
+                put("/data/silo", silo),
+                put("/data/maxSeconds", str(seconds)),
+                *(put(f"/data/image-{i}", v) for i, v in enumerate(images, 1)),
+            ],
+        ),
+        ({"kind": "ConfigMap", "name": "silotune-store"}, [put("/data/AWS_ENDPOINT_URL", endpoint)]),
+        ({"kind": "NetworkPolicy", "labelSelector": "silotune.dev/flow=store"}, flow),
+        ({"kind": "PersistentVolumeClaim"}, [put("/spec/resources/requests/storage", storage)]),
+        (
+            {"kind": "RoleBinding", "name": "silotune-launcher"},
+            [put("/subjects/0/namespace", subject_namespace), put("/subjects/0/name", subject)],
+        ),
+        ({"kind": "ValidatingAdmissionPolicy"}, [put("/metadata/name", policy)]),
+        (
+            {"kind": "ValidatingAdmissionPolicyBinding"},
+            [
+                put("/metadata/name", policy),
+                put("/spec/policyName", policy),
+                put("/spec/paramRef/namespace", namespace),
+                put("/spec/matchResources/namespaceSelector/matchLabels/kubernetes.io~1metadata.name", namespace),
+            ],
+        ),
+    ]
+    if gpus:
+        patches.append(({"kind": "ResourceQuota", "name": "silotune"}, [put("/spec/hard/requests.nvidia.com~1gpu", str(gpus))]))
+    return patches
+
+
+class _Blocks(yaml.SafeDumper):
+    """Texts of several lines as blocks, so that the patches can be read."""
+
+
+_Blocks.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+)
+
+
+def _handout(name: str) -> str:
+    return (MANIFESTS / "handout" / name).read_text(encoding="utf-8")
+
+
+def _readme(
+    federation: Federation, silo: Silo, account: str, images: Sequence[str], cidrs: Sequence[str], endpoint: str, own_cluster: bool
+) -> str:
+    namespace = f"silotune-{silo.id}"
+    secret = f"kubectl --namespace {namespace} create secret generic"
+    keys = "\n".join(
+        f"| {party} | `{key.public}` | {key.since} to {'the end' if key.until is None else key.until} |"
+        for party, its in federation.public_keys.items()
+        if party in (COORDINATOR, silo.id)
+        for key in its
+    )
+    base = federation.model.base
+    todo = [
+        f"Apply: `kubectl apply -k .` as a cluster administrator; the admission policy is cluster-scoped. Then `kubectl label namespace {namespace} "
+        "--list` must show `enforce=restricted`.",
+        "Give the silo's user or role in the store the rights in `iam-policy.json`, and nothing else.",
+        f"Its credentials, from files so that they stand in no history: `{secret} silotune-s3 --from-file=AWS_ACCESS_KEY_ID "
+        "--from-file=AWS_SECRET_ACCESS_KEY` (no line break at the end of the files)",
+        f"The silo's private key, made by `silotune keys new {silo.id}` on the silo's side: `{secret} silotune-keys --from-file={silo.id}.pem`. "
+        "Its public half must be the one below.",
+        f"Only if the registry asks who pulls: a secret `silotune-registry` of type `kubernetes.io/dockerconfigjson` in `{namespace}`.",
+        f"Put the records in the volume (claim `silotune-silo`), where `federation.yaml` names them: `{silo.train}`. A pod that copies them must "
+        "meet the restricted Pod Security Standard; delete it afterwards.",
+        "Read `federation.yaml`. It is the silo's own copy of the terms: paths may be changed, terms may not, and every change is applied "
+        "with `kubectl apply -k .`.",
+        "Check that the network plug-in enforces policies; many do not: `probe.yaml` says how.",
+    ]
+    if not base.startswith(f"{MOUNT}/") and not is_remote(base):
+        todo.append(
+            f"Put the base model in the volume and name its folder in `federation.yaml`: `model.base` is `{base}`, which no Job can reach from here."
+        )
+    if "${" in federation.file.read_text(encoding="utf-8"):
+        todo.append("`federation.yaml` has `${NAME}` in it, and Jobs have no such variables: write the values.")
+    if not cidrs:
+        todo.append(
+            "Name the store's address range in `kustomization.yaml` (NetworkPolicy `jobs-to-store`): until then Jobs reach no store."
+        )
+    if own_cluster:
+        todo.append(
+            f"Hand the coordinator a kubeconfig with a token that ends: `kubectl --namespace {namespace} create token silotune-launcher "
+            "--duration=720h`. Send it encrypted, and make a new one in time."
+        )
+    return _handout("README.md").format(
+        silo=silo.id,
+        federation=federation.name,
+        namespace=namespace,
+        account=account.replace("/", ":"),
+        images="\n".join(f"- `{image}`" for image in images),
+        store=f"{', '.join(cidrs) or 'nothing yet'}; `{endpoint or 'AWS'}`",
+        root=federation.storage.root,
+        keys=keys,
+        todo="\n".join(f"- [ ] {line}" for line in todo),
+    )
+
+
+def without_silo(federation: Federation, silo_id: str) -> str:
+    """The federation file's text without one silo: its item in ``silos`` and its keys. Comments stay, but those right above its item.
+
+    Raises:
+        FederationError: no such silo; the rest is no federation, or cannot reach the quorum; the text is of a shape that cannot be cut.
+    """
+    federation.silo(silo_id)
+    file, quorum = federation.file, federation.rounds.quorum
+    left = len(federation.silos) - 1
+    if not left:
+        raise FederationError(f"{file.name}: {silo_id} is the only silo; a federation needs one, end it instead")
+    if quorum and quorum.count > left:
+        raise FederationError(
+            f"{file.name}: rounds.quorum must be at most the number of silos, {left} without {silo_id}, got {quorum.count}; lower it first"
+        )
+    text = file.read_text(encoding="utf-8")
+    before = yaml.safe_load(text)
+    root = yaml.compose(text, yaml.SafeLoader)
+    keys = (before.get("security") or {}).get("keys") or {}
+    if silo_id in keys:  # first what stands behind, or before: each cut is made on a text of its own
+        text = _cut(text, _at(root, "security", "keys"), list(keys).index(silo_id))
+        root = yaml.compose(text, yaml.SafeLoader)
+    text = _cut(text, _at(root, "silos"), [s["id"] for s in before["silos"]].index(silo_id))
+    before["silos"] = [s for s in before["silos"] if s["id"] != silo_id]
+    keys.pop(silo_id, None)
+    try:
+        cut = yaml.safe_load(text)
+    except yaml.YAMLError:
+        cut = None
+    if cut != before:  # anchors, tags, braces over several lines
+        raise FederationError(f"{file.name}: the lines of {silo_id} cannot be cut out safely; take its item and its key out by hand")
+    return text
+
+
+def _at(node: Any, *path: str) -> Any:
+    for name in path:
+        node = next(value for key, value in node.value if key.value == name)
+    return node
+
+
+def _cut(text: str, holder: Any, index: int) -> str:
+    """The text without one item of a YAML list or mapping."""
+    spans = [(n[0].start_mark, _last(n[1])) if isinstance(n, tuple) else (n.start_mark, _last(n)) for n in holder.value]
+    start, end = spans[index]
+    if holder.flow_style:  # up to the next item, or from the end of the one before
+        if index + 1 < len(spans):
+            return text[: start.index] + text[spans[index + 1][0].index :]
+        return text[: spans[index - 1][1].index] + text[end.index :] if index else text[: start.index] + text[end.index :]
+    lines = text.splitlines(keepends=True)
+    first, last = start.line, end.line
+    while first and index and lines[first - 1].lstrip().startswith("#"):
+        first -= 1
+    return "".join(lines[:first] + lines[last + 1 :])
+
+
+def _last(node: Any) -> Any:
+    """Where a node's text ends; a block's own mark stands behind the comments that follow it."""
+    if isinstance(node, yaml.ScalarNode) or node.flow_style or not node.value:
+        return node.end_mark
+    final = node.value[-1]
+    return _last(final[1] if isinstance(final, tuple) else final)
+
+
+def offboard_text(federation: Federation, silo_id: str, next_round: int | None = None) -> str:
+    """What a silo's leaving is, in plain words and commands.
+
+    Args:
+        next_round: the number of the next round to be opened, where it is known.
+
+    Raises:
+        FederationError: as `without_silo`.
+    """
+    without_silo(federation, silo_id)
+    left = [s for s in federation.silo_ids if s != silo_id]
+    quorum = federation.rounds.quorum.count if federation.rounds.quorum else len(left) // 2 + 1
+    since = "the next round that is opened" if next_round is None else f"round {next_round}"
+    colluding = ""
+    if len(left) < 3:
+        colluding = (
+            "\nThree silos or more hide an update from the others; with fewer, each can compute what another one sent (docs/security.md).\n"
+        )
+    return _handout("offboarding.md").format(
+        silo=silo_id,
+        federation=federation.name,
+        namespace=f"silotune-{silo_id}",
+        file=federation.file.name,
+        left=", ".join(left),
+        quorum=quorum,
+        count=len(left),
+        since=since,
+        colluding=colluding,
+        root=f"{federation.storage.root.rstrip('/')}/{federation.name}",
+    )
