@@ -7,7 +7,6 @@ import gzip
 import io
 import json
 import os
-import random
 import signal
 import sqlite3
 import subprocess
@@ -229,18 +228,3 @@ def test_ctrl_c_stops_cleanly_and_the_next_run_goes_on(finished: Finished, tmp_p
     done = silotune("run", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     assert Finished(file, "").globals == finished.globals
-
-
-@pytest.mark.slow
-def test_killed_as_a_whole_at_random_moments(finished: Finished, tmp_path: Path, tiny_llama: Path) -> None:
-    chance = random.Random(11)
-    for scenario in range(10):
-        file = _planted(tmp_path / str(scenario), tiny_llama)
-        run = start(file)
-        time.sleep(chance.uniform(2.0, 30.0))
-        os.killpg(run.pid, signal.SIGKILL)
-        run.communicate()
-        assert wait_until(lambda file=file: not belonging(file)), f"scenario {scenario}: processes outlived the run"
-        done = silotune("run", str(file))
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert Finished(file, "").globals == finished.globals, f"scenario {scenario}"
