@@ -46,9 +46,6 @@ app = typer.Typer(
     help="Fine-tunes large language models across organisations that may not share their records.",
 )
 
-app.add_typer(integrity.keys, name="keys")
-for command in (integrity.policies, integrity.verify, integrity.gc):
-    app.command()(command)
 File = integrity.File
 PerRun = Annotated[int | None, typer.Option("--rounds", min=1, help="Rounds to work on; default: rounds.per_run, or all that are left.")]
 
@@ -299,6 +296,11 @@ def schema() -> None:
     from silotune.components.federation import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+for command in (integrity.verify, integrity.gc, integrity.policies):
+    app.command()(command)
+app.add_typer(integrity.keys, name="keys")
 
 
 def _load(file: Path, *, check_files: bool = False) -> Federation:
