@@ -374,6 +374,10 @@ class Federation(Section):
         "job",
         description="Kubernetes only: `job` runs a silo's work as a Job in its own namespace, `pod` in the pipeline's own task, for trials.",
     )
+    coordinator_image: str | None = Field(
+        None,
+        description="Kubernetes only: image of the coordinator's boxes and of launchers, by digest: `registry/silotune-coordinator@sha256:…`.",
+    )
     rounds: Rounds = Field(default_factory=Rounds)
     training: Training = Field(default_factory=Training)
     aggregation: Aggregation = Field(default_factory=Aggregation)

@@ -17,7 +17,7 @@ from typing import Any
 
 from silotune.components.errors import FederationError
 from silotune.components.federation import Claim, Federation, Placement, SecretUse, Silo, canonical_json
-from silotune.components.rounds import Turn
+from silotune.components.protocol import Turn
 
 FEDERATION_FILE = "/federation/federation.yaml"
 COMMAND = ["python", "-m", "silotune.components.silo_job"]

@@ -243,7 +243,9 @@ class S3Store:
             s3={"addressing_style": "path"} if _endpoint() else None,
         )
         try:
-            client = boto3.session.Session().client("s3", config=config)
+            # AWS's own name for the region in containers, which boto3 does not read.
+            region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION") or None
+            client = boto3.session.Session(region_name=region).client("s3", config=config)
         except ValueError as error:
             endpoint = without_secrets(_endpoint())
             raise FederationError(f"AWS_ENDPOINT_URL: must be a URL such as https://s3.example.org, got '{endpoint}'") from error

@@ -8,6 +8,7 @@
     silotune sync | ui FILE   MLflow
     silotune keys, policies   who may sign and store what
     silotune verify | gc      the chain back to the base; erasing old updates
+    silotune onboard, offboard, doctor, submit, schedule, runs, logs, cancel, unschedule      on a Kubeflow cluster
     silotune schema           the file's JSON Schema
 
 Whatever a command does not need is not imported: `--help` answers at once. Errors leave as one message and the exit code of `errors`.
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from silotune.components.errors import FederationError, SilotuneError
+from silotune.pipelines import cluster_commands as cluster
 from silotune.pipelines import integrity
 
 if TYPE_CHECKING:
@@ -254,7 +256,7 @@ def compile(
     from silotune.pipelines.federated_finetuning import federated_finetuning
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(federated_finetuning(federation, slots), str(output))
+    compiler.Compiler().compile(federated_finetuning(federation, slots, placed=True), str(output))
     typer.echo(f"{output}: {len(federation.silos)} silos, {slots} rounds; its parameter `federation` is the file's path where tasks run")
 
 
@@ -298,7 +300,10 @@ def schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
-for command in (integrity.verify, integrity.gc, integrity.policies):
+for command in (
+    *(integrity.verify, integrity.gc, integrity.policies, cluster.onboard, cluster.offboard, cluster.doctor),
+    *(cluster.submit, cluster.schedule, cluster.runs, cluster.logs, cluster.cancel, cluster.unschedule),
+):
     app.command()(command)
 app.add_typer(integrity.keys, name="keys")
 

@@ -6,7 +6,6 @@ converged, passes quickly. Caching is off throughout: whether a step has anythin
 """
 
 # No postponed annotations here: kfp reads a pipeline's types at run time.
-from collections.abc import Callable
 from typing import Any
 
 from kfp import dsl
@@ -19,19 +18,21 @@ from silotune.components.federation import Federation
 from silotune.components.initialize.component import initialize
 from silotune.components.preprocess.component import preprocess
 from silotune.components.train.component import train
+from silotune.pipelines.placement import place
 
 MOST_TRAININGS = 200  # silos x rounds that fit into one workflow object (Argo: 1.5 MB)
 
 
-def federated_finetuning(federation: Federation, rounds: int) -> Any:
+def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = False) -> Any:
     """The pipeline of a federation, ready for `kfp.compiler` or `kfp.local`.
 
     Args:
         federation: names the silos.
         rounds: how many rounds one run works on.
+        placed: for a cluster: each task says what it needs there.
 
     Raises:
-        FederationError: more silo-trainings than one run can hold.
+        FederationError: more silo-trainings than one run can hold, or a placement that cannot be given.
     """
     silos = federation.silo_ids
     if len(silos) * rounds > MOST_TRAININGS:
@@ -40,25 +41,33 @@ def federated_finetuning(federation: Federation, rounds: int) -> Any:
             f"set per_run to at most {max(1, MOST_TRAININGS // len(silos))} and run again for the rest"
         )
 
+    def of_silo(component: Any, silo: str, **arguments: Any) -> Any:
+        task = _named(component(silo=silo, **arguments), f"{component.name} {silo}")
+        return place(task, federation, silo, coordinator_image=federation.coordinator_image) if placed else task
+
+    def of_coordinator(component: Any, **arguments: Any) -> Any:
+        task = _named(component(**arguments), component.name)
+        return task.set_container_image(federation.coordinator_image) if placed and federation.coordinator_image else task
+
     @dsl.pipeline(name="federated-round", description="Train in every silo, then aggregate.")
     def federated_round(federation: str, turn: str) -> str:
-        trained = [_task(train, f"train {s}", federation=federation, silo=s, turn=turn) for s in silos]
-        return _task(aggregate, "aggregate", federation=federation, turn=turn, statuses=_outputs(trained)).output
+        trained = [of_silo(train, s, federation=federation, turn=turn) for s in silos]
+        return of_coordinator(aggregate, federation=federation, turn=turn, statuses=_outputs(trained)).output
 
     @dsl.pipeline(name=f"silotune-{federation.name}", description=f"Federated fine-tuning of {federation.name}.")
     def pipeline(federation: str) -> str:
-        preprocessed = [_task(preprocess, f"preprocess {s}", federation=federation, silo=s) for s in silos]
-        turn = _task(initialize, "initialize", federation=federation, statuses=_outputs(preprocessed)).output
+        preprocessed = [of_silo(preprocess, s, federation=federation) for s in silos]
+        turn = of_coordinator(initialize, federation=federation, statuses=_outputs(preprocessed)).output
         for i in range(rounds):
-            turn = federated_round(federation=federation, turn=turn).set_display_name(f"round slot {i + 1}").output
-        evaluated = [_task(evaluate, f"evaluate {s}", federation=federation, silo=s, turn=turn) for s in silos]
-        return _task(export, "export", federation=federation, turn=turn, statuses=_outputs(evaluated)).output
+            turn = _named(federated_round(federation=federation, turn=turn), f"round slot {i + 1}").output
+        evaluated = [of_silo(evaluate, s, federation=federation, turn=turn) for s in silos]
+        return of_coordinator(export, federation=federation, turn=turn, statuses=_outputs(evaluated)).output
 
     return pipeline
 
 
-def _task(component: Callable[..., Any], name: str, **arguments: Any) -> Any:
-    return component(**arguments).set_caching_options(False).set_display_name(name)
+def _named(task: Any, name: str) -> Any:
+    return task.set_caching_options(False).set_display_name(name)
 
 
 def _outputs(tasks: list[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from silotune.components import base_model, silo_job
+from silotune.components import base_model, launcher
 from silotune.components.federation import Federation, Silo
 from silotune.components.progress import Pulse, beating
 from silotune.components.protocol import Commit, Split
@@ -20,8 +20,8 @@ from silotune.components.train.step import check_terms, evaluate_split, open_spl
 
 
 def run(federation: str, silo: str, turn: str) -> str:
-    """As a pipeline task: supervised. ``turn`` only orders it behind the last round."""
-    return silo_job.supervise("evaluate", federation, silo, turn)
+    """As a pipeline task: launched. ``turn`` only orders it behind the last round."""
+    return launcher.launch("evaluate", federation, silo, turn)
 
 
 def work(federation_file: str, silo_id: str, turn: str) -> str:

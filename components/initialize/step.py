@@ -61,6 +61,8 @@ def _unready(federation: Federation, base: base_model.Base, statuses: tuple[str,
         if status != "ok":
             missing[silo] = f"{status}: {said}" if said else status
             continue
+        if not said:  # a Job tells no more than its end; train and evaluate compare the digests themselves, before they act
+            continue
         got = dict(word.split(":", 1) for word in said.split())
         if got != {"base": base.digest, "tokenizer": base.tokenizer}:
             missing[silo] = "refused: base model differs"

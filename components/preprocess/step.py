@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from silotune.components import base_model, silo_job
+from silotune.components import base_model, launcher, silo_job
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation, Silo, canonical_json
 from silotune.components.federation_file import is_remote
@@ -27,8 +27,8 @@ from silotune.components.silo_job import one_at_a_time, silo_home
 
 
 def run(federation: str, silo: str) -> str:
-    """As a pipeline task: supervised."""
-    return silo_job.supervise("preprocess", federation, silo)
+    """As a pipeline task: launched."""
+    return launcher.launch("preprocess", federation, silo)
 
 
 def work(federation_file: str, silo_id: str) -> str:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from silotune.components import base_model, silo_job
+from silotune.components import base_model, launcher
 from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.learning.tensor_file import MalformedFile
@@ -32,11 +32,11 @@ RESERVE = 0.1  # of the deadline, kept for sending
 
 
 def run(federation: str, silo: str, turn: str) -> str:
-    """As a pipeline task: supervised, and nothing at all where no round is open or the silo has delivered."""
+    """As a pipeline task: launched, and nothing at all where no round is open or the silo has delivered."""
     parsed = Turn.parse(turn)
     if parsed.done:
         return status_text(silo, "ok", "nothing to do")
-    return silo_job.supervise("train", federation, silo, turn, turn=parsed)
+    return launcher.launch("train", federation, silo, turn, turn=parsed)
 
 
 def work(federation_file: str, silo_id: str, turn_text: str) -> str:

@@ -183,6 +183,15 @@ def test_a_silo_with_another_base_is_refused(make_federation: Any) -> None:
     assert rounds_of(file).attempts(1)[0].missing == {"north": "refused: base model differs"}
 
 
+def test_a_silo_whose_job_can_tell_no_digests_is_not_refused_for_that(make_federation: Any) -> None:
+    file = make_federation()
+    for silo in SILOS:
+        preprocess.work(str(file), silo)
+    turn = initialize.work(str(file), *(f"{silo} ok" for silo in SILOS))
+    assert rounds_of(file).attempts(1)[0].missing == {}
+    assert train.work(str(file), "east", turn) == "east ok"
+
+
 def corrupt_update(file: Path, silo: str) -> None:
     rounds = rounds_of(file)
     manifest = rounds.update(1, silo)

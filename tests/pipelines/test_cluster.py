@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from silotune.pipelines import cluster
 from silotune.pipelines.cluster import Cluster
 
 IMAGE = "registry.example/silotune-silo@sha256:" + "a" * 64
+COORDINATOR_IMAGE = "registry.example/silotune-coordinator@sha256:" + "b" * 64
 KEYS = {p: f"ed25519:{c * 43}=" for p, c in (("coordinator", "A"), ("north", "B"), ("south", "C"))}
 SILO = """
   - id: {0}
@@ -31,6 +33,7 @@ SILO = """
     placement: {{namespace: silotune-{0}, image: "{1}", claims: [{{claim: silotune-silo, mount: /silo}}]}}"""
 FILE = f"""
 name: ward
+coordinator_image: "{COORDINATOR_IMAGE}"
 model: {{base: s3://models/base}}
 silos:{SILO.format("north", IMAGE)}{SILO.format("south", IMAGE)}
 rounds: {{total: 4, per_run: 2}}
@@ -219,6 +222,7 @@ def test_a_missing_or_expired_sign_in_is_told_in_a_moment_without_the_token(
         with pytest.raises(UnreachableError) as refused:
             cluster.connect(api.url)
         assert refused.value.exit_code == 5
+        assert set(api.visited) == {"/apis/v2beta1/healthz"}  # nothing is sent on to where a redirect points
         assert "KFP_TOKEN" in str(refused.value)
         assert "expired.token" not in str(refused.value) + caplog.text
 
@@ -282,6 +286,34 @@ def test_a_proxy_is_used_unless_no_proxy_names_the_host(api: Any, monkeypatch: p
         cluster.connect(api.url)
     monkeypatch.setenv("no_proxy", "example.org,127.0.0.1")
     assert cluster.connect(api.url).version == "2.17.0"
+
+
+def test_a_private_authority_is_trusted_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority, both = self_signed(tmp_path)
+    with kfp_api.KfpApi(certificate=str(both)) as api:
+        with pytest.raises(UnreachableError, match="SSL_CA_CERT"):
+            cluster.connect(api.url)
+        monkeypatch.setenv("SSL_CA_CERT", str(authority))
+        assert cluster.connect(api.url).version == "2.17.0"
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1, and the same with its key."""
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    key, name, now = ec.generate_private_key(ec.SECP256R1()), x509.Name([]), datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
+    for extension in (x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), x509.BasicConstraints(True, None)):
+        builder = builder.add_extension(extension, critical=True)
+    certificate = builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+    (folder / "authority.pem").write_bytes(certificate)
+    (folder / "both.pem").write_bytes(certificate + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return folder / "authority.pem", folder / "both.pem"
 
 
 def test_a_multi_user_kubeflow_wants_a_namespace_and_keeps_to_it(ward: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +445,13 @@ def nodes(prefix: str = "ward-x") -> list[dict[str, Any]]:
             {"task_id": f"d{i}", "display_name": f"{key}-driver", "state": "SUCCEEDED", "pod_name": f"{prefix}-container-driver-{i}"}
         )
         found.append(
-            {"task_id": f"t{i}", "display_name": key, "state": state, "start_time": at, "child_tasks": [{"pod_name": f"{prefix}-impl-{i}"}]}
+            {
+                "task_id": f"t{i}",
+                "display_name": key,
+                "state": state,
+                "start_time": at,
+                "child_tasks": [{"pod_name": f"{prefix}-impl-{i}"}, {"pod_name": f"{prefix}-container-driver-{i}"}],
+            }
         )
     return found[::-1]
 
@@ -498,3 +536,42 @@ def test_two_submissions_at_once_make_one_pipeline_and_one_version(api: Any, war
         thread.join()
     assert outcomes == [next(iter(api.versions))] * 3
     assert len(api.pipelines) == 1
+
+
+# By command
+
+
+def silotune(*words: str) -> Any:
+    from typer.testing import CliRunner
+
+    from silotune.pipelines.cli import app
+
+    return CliRunner().invoke(app, list(words))
+
+
+def test_the_commands_submit_schedule_show_and_cancel(api: Any, ward: Federation) -> None:
+    file = str(ward.file)
+    submitted = silotune("submit", file, "--endpoint", api.url)
+    assert submitted.exit_code == 0, submitted.output
+    (run,) = api.runs.values()
+    assert run["run_id"] in submitted.output
+    scheduled = silotune("schedule", file, "0 3 * * *", "--endpoint", api.url)
+    assert scheduled.exit_code == 0, scheduled.output
+    assert "created: 0 0 3 * * * UTC" in scheduled.output
+    assert run["run_id"] in silotune("runs", file, "--endpoint", api.url).output
+    assert run["run_id"] in silotune("cancel", file, "--endpoint", api.url).output
+    assert "1 recurring run removed" in silotune("unschedule", file, "--endpoint", api.url).output
+
+
+def test_an_unfit_federation_is_refused_before_kubeflow_is_asked(tmp_path: Path) -> None:
+    federation = load(tmp_path, lambda text: text.replace(COORDINATOR_IMAGE, "image:tag"))
+    refused = silotune("submit", str(federation.file), "--endpoint", "http://127.0.0.1:9")
+    assert isinstance(refused.exception, FederationError)
+    assert "coordinator_image: must name an image by digest" in str(refused.exception)
+
+
+def test_what_is_submitted_runs_the_named_images_only(ward: Federation, tmp_path: Path) -> None:
+    cluster.versioned(ward, 1, tmp_path / "package.yaml")
+    spec = next(yaml.safe_load_all((tmp_path / "package.yaml").read_text()))
+    images = {e["container"]["image"] for e in spec["deploymentSpec"]["executors"].values()}
+    assert images == {COORDINATOR_IMAGE}, "with launcher: job no task of the pipeline sees a record"

@@ -1,0 +1,475 @@
+"""The doctor: each check against a real S3 server (moto), a strict Kubeflow API, and answers of Kubernetes, MLflow and the hub over loopback."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+from rich.console import Console
+
+from silotune.components import keys
+from silotune.components.federation import Federation
+from silotune.pipelines import doctor
+from silotune.pipelines.doctor import Finding
+
+IMAGE = "registry.example/silotune-silo@sha256:" + "a" * 64
+COORDINATOR_IMAGE = "registry.example/silotune-coordinator@sha256:" + "b" * 64
+SILO = """
+  - id: {0}
+    train: /silo/train.jsonl
+    storage: /silo/storage-{0}
+    placement: {{namespace: silotune-{0}, image: "{1}", gpus: 1, node_selector: {{pool: gpu}}, tolerations: [{{key: gpu}}]}}"""
+FILE = f"""
+name: ward
+coordinator_image: "{COORDINATOR_IMAGE}"
+model: {{base: s3://models/base}}
+silos:{SILO.format("north", IMAGE)}{SILO.format("south", IMAGE)}
+storage: {{root: s3://store/federations}}
+tracking: {{uri: MLFLOW}}
+security: {{keys: KEYS}}
+"""
+NODE = {
+    "metadata": {"name": "n1", "labels": {"pool": "gpu"}},
+    "spec": {"taints": [{"key": "gpu", "effect": "NoSchedule"}]},
+    "status": {"allocatable": {"nvidia.com/gpu": "4"}, "conditions": [{"type": "Ready", "status": "True"}]},
+}
+
+
+def fake(name: str) -> Any:
+    """A module of tests/fakes, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "fakes" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Answers:
+    """Path -> (status, JSON); anything else is 404. What was asked is in ``asked``, as (path, headers)."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, tuple[int, Any]] = {}
+        self.asked: list[tuple[str, dict[str, str]]] = []
+        answers = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                answers.asked.append((self.path, dict(self.headers)))
+                status, body = answers.known.get(self.path, (404, {"kind": "Status", "code": 404}))
+                data = json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def do_POST(self) -> None:
+                self.do_GET()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+
+@pytest.fixture
+def answers() -> Iterator[Answers]:
+    """MLflow, the hub and a cluster on which all that both silos need stands."""
+    found = Answers()
+    found.known["/api/2.0/mlflow/experiments/search"] = (200, {})
+    found.known["/api/v1/nodes"] = (200, {"items": [NODE]})
+    for silo in ("north", "south"):
+        at = f"/api/v1/namespaces/silotune-{silo}"
+        found.known |= {
+            at: (200, {"status": {"phase": "Active"}}),
+            f"{at}/serviceaccounts/silotune-silo": (200, {"imagePullSecrets": [{"name": "silotune-registry"}]}),
+            f"{at}/persistentvolumeclaims/silotune-silo": (200, {"status": {"phase": "Bound"}}),
+            f"{at}/resourcequotas": (
+                200,
+                {"items": [{"status": {"hard": {"requests.nvidia.com/gpu": "2", "pods": "3"}, "used": {"pods": "1"}}}]},
+            ),
+        }
+        for name in ("silotune-keys", "silotune-s3", "silotune-registry"):
+            found.known[f"{at}/secrets/{name}"] = (200, {"kind": "PartialObjectMetadata"})
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, s3: str) -> Any:
+    """Credentials and addresses of the test's own servers, and nothing of this machine's."""
+    for name in [
+        n
+        for n in os.environ
+        if n.upper().endswith(("_PROXY", "_CERT", "_BUNDLE", "_CERT_FILE")) or n.startswith(("KFP_", "MLFLOW_", "HF_"))
+    ]:
+        monkeypatch.delenv(name)
+    for name in ("KUBERNETES_SERVICE_HOST", "KF_PIPELINES_ENDPOINT", "SILOTUNE_KEYS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {
+        "ACCESS_KEY_ID": "AKIDEXAMPLE",
+        "SECRET_ACCESS_KEY": "wJalrXUtnFEMI",
+        "DEFAULT_REGION": "us-east-1",
+        "ENDPOINT_URL": s3,
+    }.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr("kfp.Client._LOCAL_KFP_CONTEXT", str(tmp_path / "no-context.json"))
+    client = boto3.client("s3")
+    for bucket in ("store", "models"):
+        client.create_bucket(Bucket=bucket)
+    for name in ("config.json", "model.safetensors"):
+        client.put_object(Bucket="models", Key=f"base/{name}", Body=b"{}")
+    yield client
+    for bucket in ("store", "models"):
+        for item in client.list_objects_v2(Bucket=bucket).get("Contents", []):
+            client.delete_object(Bucket=bucket, Key=item["Key"])
+        client.delete_bucket(Bucket=bucket)
+
+
+@pytest.fixture
+def public(tmp_path: Path) -> dict[str, str]:
+    """Public keys; the coordinator's private one lies where it belongs."""
+    return {p: keys.new(tmp_path / (".silotune/keys" if p == "coordinator" else p), p) for p in ("coordinator", "north", "south")}
+
+
+@pytest.fixture
+def make(tmp_path: Path, public: dict[str, str], answers: Answers) -> Callable[..., Federation]:
+    """The federation, with texts replaced; its config maps hold the same file."""
+
+    def load(*changes: tuple[str, str]) -> Federation:
+        text = FILE.replace("MLFLOW", answers.url).replace("KEYS", json.dumps(public))
+        for silo in ("north", "south"):
+            path = f"/api/v1/namespaces/silotune-{silo}/configmaps/silotune-federation"
+            answers.known.setdefault(path, (200, {"data": {"federation.yaml": text}}))
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / "ward.yaml").write_text(text)
+        return Federation.load(tmp_path / "ward.yaml")
+
+    return load
+
+
+@contextmanager
+def kubernetes(url: str) -> Iterator[Any]:
+    from kubernetes import client
+
+    settings = client.Configuration()
+    settings.host = url
+    with client.ApiClient(settings) as api:
+        yield api
+
+
+def look(federation: Federation, answers: Answers, check: str = "") -> list[Finding]:
+    """Findings about the silos; of one check, all levels."""
+    with kubernetes(answers.url) as api:
+        found = list(doctor.silos(federation, api, None))
+    return [f for f in found if check in f.what]
+
+
+def levels(findings: Iterator[Finding] | list[Finding]) -> list[str]:
+    return [f.level for f in findings]
+
+
+def test_a_federation_that_has_all_it_needs_is_well(make: Callable[..., Federation], answers: Answers, surroundings: Any) -> None:
+    surroundings.put_bucket_encryption(
+        Bucket="store", ServerSideEncryptionConfiguration={"Rules": [{"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}]}
+    )
+    with fake("kfp_api").KfpApi() as kfp, kubernetes(answers.url) as api:
+        found = doctor.examine(make(), endpoint=kfp.url, kubernetes=api)
+    assert [f for f in found if f.level != "ok"] == []
+    assert doctor.exit_code(found) == 0
+    assert {"federation", "affinity map", "keys", "store", "clock", "encryption", "base model", "mlflow", "kubeflow", "north", "south"} <= {
+        f.name for f in found
+    }
+    assert any("2.17.0" in f.what for f in found)
+
+
+def test_no_secret_is_read_whole(make: Callable[..., Federation], answers: Answers) -> None:
+    look(make(), answers)
+    accepted = {headers["Accept"] for path, headers in answers.asked if "/secrets/" in path}
+    assert accepted == {doctor.METADATA}
+
+
+def test_every_check_runs_whatever_the_others_find(make: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("KUBECONFIG", "/no/such/config")
+    found = doctor.examine(make(), endpoint="http://127.0.0.1:9")
+    failed = {f.name: f.code for f in found if f.level == "fail"}
+    assert failed == {"store": 5, "clock": 5, "encryption": 5, "base model": 5, "kubeflow": 5, "kubernetes": 5}
+    assert doctor.exit_code(found) == 5
+    assert doctor.exit_code([*found, doctor.fail("x", "wrong", "correct it")]) == 2
+    assert "wJalrXUtnFEMI" not in str(found)
+
+
+# Each silo
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "level", "told"),
+    [
+        ("", None, "fail", "namespace silotune-north does not exist"),
+        ("", {"status": {"phase": "Terminating"}}, "fail", "is being deleted"),
+        ("/serviceaccounts/silotune-silo", None, "fail", "service account silotune-silo does not exist"),
+        ("/secrets/silotune-registry", None, "fail", "image pull secret silotune-registry"),
+        ("/secrets/silotune-keys", None, "fail", "secret silotune-keys does not exist"),
+        ("/persistentvolumeclaims/silotune-silo", None, "fail", "volume claim silotune-silo does not exist"),
+        ("/persistentvolumeclaims/silotune-silo", {"status": {"phase": "Lost"}}, "fail", "has lost its volume"),
+        ("/persistentvolumeclaims/silotune-silo", {"status": {"phase": "Pending"}}, "warn", "is pending"),
+        ("/configmaps/silotune-federation", None, "fail", "config map silotune-federation does not exist"),
+        ("/configmaps/silotune-federation", {"data": {}}, "fail", "has no key federation.yaml"),
+        ("/configmaps/silotune-federation", {"data": {"federation.yaml": "name: ward"}}, "fail", "its federation.yaml is wrong: model: is required"),
+        ("/resourcequotas", {"items": [{"spec": {"hard": {"requests.nvidia.com/gpu": "0"}}}]}, "fail", "requests.nvidia.com/gpu: 1 needed, 0 of 0 used"),
+        ("/resourcequotas", {"items": [{"status": {"hard": {"limits.memory": "8Gi"}, "used": {"limits.memory": "6Gi"}}}]}, "fail", "limits.memory"),
+        ("/resourcequotas", {"items": []}, "ok", "has no quota"),
+    ],
+)  # fmt: skip
+def test_what_a_silo_lacks_is_told_with_its_name(
+    make: Callable[..., Federation], answers: Answers, path: str, body: Any, level: str, told: str
+) -> None:
+    federation = make()
+    answers.known[f"/api/v1/namespaces/silotune-north{path}"] = (200, body) if body is not None else (404, {})
+    (found,) = look(federation, answers, told)
+    assert (found.name, found.level) == ("north", level)
+    assert found.cure or level == "ok"
+    assert all(f.level == "ok" for f in look(federation, answers) if f.name == "south")
+
+
+def test_a_silos_copy_with_other_terms_is_found_out(make: Callable[..., Federation], answers: Answers) -> None:
+    make()
+    federation = make(("tracking:", "training: {steps: 9, learning_rate: 0.5}\ntracking:"))
+    assert [f.what.partition("terms: ")[2] for f in look(federation, answers, "other terms")] == [
+        "training.learning_rate, training.steps"
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "level"),
+    [
+        ({}, "ok"),
+        ({"metadata": {"name": "n1", "labels": {"pool": "cpu"}}}, "fail"),
+        ({"spec": {"taints": [{"key": "gpu", "effect": "NoSchedule"}, {"key": "maintenance", "effect": "NoExecute"}]}}, "fail"),
+        ({"spec": {"taints": [{"key": "busy", "effect": "PreferNoSchedule"}]}}, "ok"),
+        ({"status": NODE["status"] | {"allocatable": {"nvidia.com/gpu": "0"}}}, "fail"),
+        ({"status": NODE["status"] | {"conditions": [{"type": "Ready", "status": "False"}]}}, "fail"),
+    ],
+)
+def test_a_node_counts_if_it_is_ready_chosen_tolerated_and_has_the_gpus(
+    make: Callable[..., Federation], answers: Answers, change: dict[str, Any], level: str
+) -> None:
+    answers.known["/api/v1/nodes"] = (200, {"items": [NODE | change]})
+    assert levels(look(make(), answers, "nodes")) == [level] * 2
+
+
+@pytest.mark.parametrize(
+    ("path", "right"),
+    [
+        ("/api/v1/namespaces/silotune-north", "get namespaces in namespace silotune-north"),
+        ("/api/v1/namespaces/silotune-north/secrets/silotune-keys", "get secrets in namespace silotune-north"),
+        ("/api/v1/namespaces/silotune-north/configmaps/silotune-federation", "get configmaps in namespace silotune-north"),
+        ("/api/v1/namespaces/silotune-north/resourcequotas", "list resourcequotas in namespace silotune-north"),
+        ("/api/v1/nodes", "list nodes"),
+    ],
+)
+def test_what_may_not_be_seen_is_a_warning_that_names_the_right(
+    make: Callable[..., Federation], answers: Answers, path: str, right: str
+) -> None:
+    federation = make()
+    answers.known[path] = (403, {"kind": "Status", "code": 403})
+    warned = [f for f in look(federation, answers) if f.level != "ok"]
+    assert {f.level for f in warned} == {"warn"}
+    assert all(right in f.what for f in warned)
+    assert doctor.exit_code(warned) == 0
+
+
+def test_a_silo_with_a_cluster_of_its_own_is_left_to_its_people(make: Callable[..., Federation], answers: Answers) -> None:
+    federation = make(("namespace: silotune-south", "kubeconfig_secret: south-cluster, namespace: silotune-south"))
+    (south,) = [f for f in look(federation, answers) if f.name == "south"]
+    assert (south.level, "not looked at" in south.what) == ("warn", True)
+    assert not any("silotune-south" in path for path, _ in answers.asked)
+
+
+# The file and its affinity map
+
+
+def test_the_affinity_map_tells_who_may_touch_what(make: Callable[..., Federation]) -> None:
+    lines = {(a.party, a.place): a.rights for a in doctor.access(make(("train: /silo/train.jsonl", "train: s3://records/all.jsonl")))}
+    assert lines["coordinator", "s3://store/federations/ward/"].startswith("read")
+    assert lines["north", "s3://records/all.jsonl"] == "read"
+    assert lines["north", "volume silotune-north/silotune-silo at /silo"] == "read, write"
+    assert lines["south", "secret silotune-south/silotune-keys"] == "use"
+    assert not any(party == "south" and "north" in place for party, place in lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ([("silotune-south", "silotune-north")], ["namespace silotune-north", "volume silotune-north/silotune-silo", "secret silotune-north/silotune-keys", "secret silotune-north/silotune-s3"]),
+        ([("/silo/storage-south", "s3://store/federations/ward/south")], ["south's storage, s3://store/federations/ward/south, and the store"]),
+        ([("/silo/storage-south", "s3://store")], ["south's storage, s3://store, and the store"]),
+        ([("/silo/storage-north", "s3://own/a"), ("/silo/storage-south", "s3://own/a/b")], ["north's storage, s3://own/a, and south's storage, s3://own/a/b"]),
+        ([("/silo/storage-north", "s3://own/a"), ("/silo/storage-south", "s3://own/ab")], []),
+    ],
+)  # fmt: skip
+def test_whatever_two_parties_share_is_a_violation(
+    make: Callable[..., Federation], changes: list[tuple[str, str]], told: list[str]
+) -> None:
+    found = [f for f in doctor.affinity(make(*changes)) if f.level == "fail"]
+    assert len(found) == len(told)
+    assert all(text in f.what for text, f in zip(told, found, strict=True))
+
+
+def test_the_same_names_in_two_clusters_are_two_places(make: Callable[..., Federation]) -> None:
+    apart = make(("namespace: silotune-south", "kubeconfig_secret: south-cluster, namespace: silotune-north"))
+    assert levels(doctor.affinity(apart)) == ["ok"]
+
+
+def test_what_cannot_run_on_a_cluster_fails_line_by_line(make: Callable[..., Federation]) -> None:
+    found = list(doctor.fit(make((IMAGE, "image:tag"), ("/silo/storage-north", "./private"))))
+    assert levels(found) == ["fail"] * 3
+    assert doctor.exit_code(found) == 2
+
+
+def test_a_coordinators_key_must_be_there_registered_and_its_own(
+    make: Callable[..., Federation], tmp_path: Path, public: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation, file = make(), tmp_path / ".silotune" / "keys" / "coordinator.pem"
+    assert levels(doctor.registered_keys(federation)) == ["ok", "ok"]
+    file.chmod(0o644)
+    assert "warn" in levels(doctor.registered_keys(federation))
+    monkeypatch.setenv("SILOTUNE_KEYS", str(tmp_path / "nowhere"))
+    assert levels(doctor.registered_keys(federation)) == ["warn", "ok"]
+    keys.new(tmp_path / "other", "coordinator")
+    monkeypatch.setenv("SILOTUNE_KEYS", str(tmp_path / "other"))
+    assert levels(doctor.registered_keys(federation)) == ["fail", "ok"]
+    unsigned = make(("security: {", "security: {signing: false, "))
+    assert levels(doctor.registered_keys(unsigned)) == ["fail"]
+
+
+# The store, the base, MLflow, this machine
+
+
+def test_a_bucket_that_is_missing_fails_without_the_credentials(make: Callable[..., Federation], answers: Answers) -> None:
+    with kubernetes(answers.url) as api:
+        found = doctor.examine(make(("s3://store/", "s3://nowhere/")), endpoint="http://127.0.0.1:9", kubernetes=api)
+    (told,) = [f for f in found if f.name == "store"]
+    assert (told.level, told.code) == ("fail", 5)
+
+
+@pytest.mark.parametrize(("ahead", "level"), [(0, "ok"), (60, "warn"), (-60, "warn"), (1000, "fail"), (-1000, "fail")])
+def test_a_clock_that_is_off_is_told_by_how_much(
+    make: Callable[..., Federation], ahead: int, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "time", SimpleNamespace(time=lambda: time.time() + ahead))
+    (found,) = doctor.clock(make())
+    assert found.level == level
+    if ahead:
+        seconds, _, where = found.what.partition(" s ")
+        assert abs(int(seconds) - abs(ahead)) <= 2
+        assert where.startswith("ahead of" if ahead > 0 else "behind")
+
+
+def test_sse_kms_is_told_with_the_rights_that_it_takes(make: Callable[..., Federation], surroundings: Any) -> None:
+    rule = {"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": "arn:key"}}
+    surroundings.put_bucket_encryption(Bucket="store", ServerSideEncryptionConfiguration={"Rules": [rule]})
+    (found,) = doctor.encryption(make())
+    assert (found.level, "arn:key" in found.what, "kms:Decrypt" in found.cure) == ("warn", True, True)
+
+
+def test_a_base_without_weights_fails_and_one_on_the_hub_is_asked_for(
+    make: Callable[..., Federation], answers: Answers, surroundings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    surroundings.delete_object(Bucket="models", Key="base/model.safetensors")
+    assert levels(doctor.base_model(make())) == ["fail"]
+    monkeypatch.setenv("HF_ENDPOINT", answers.url)
+    answers.known["/api/models/org/small/revision/main"] = (200, {"sha": "c" * 40})
+    (found,) = doctor.base_model(make(("s3://models/base", "org/small")))
+    assert (found.level, f"org/small@{'c' * 40}" in found.what) == ("ok", True)
+    assert levels(doctor.base_model(make(("s3://models/base", "org/small@v9")))) == ["fail"]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert levels(doctor.base_model(make(("s3://models/base", "org/small")))) == ["warn"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert levels(doctor.base_model(make(("s3://models/base", "org/small")))) == ["warn"]
+
+
+def test_mlflow_is_asked_with_the_sign_in_of_the_environment(
+    make: Callable[..., Federation], answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "reader")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pass")
+    assert levels(doctor.tracking(make())) == ["ok"]
+    assert answers.asked[-1][1]["Authorization"] == f"Basic {base64.b64encode(b'reader:pass').decode()}"
+    answers.known["/api/2.0/mlflow/experiments/search"] = (401, {})
+    (refused,) = doctor.tracking(make())
+    assert (refused.level, refused.code, "MLFLOW_TRACKING_TOKEN" in refused.cure) == ("fail", 5, True)
+    assert levels(doctor.tracking(make((answers.url, "http://127.0.0.1:9")))) == ["fail"]
+    assert levels(doctor.tracking(make((answers.url, "sqlite:///m.db")))) == ["fail"]
+    assert levels(doctor.tracking(make((answers.url, "none")))) == ["ok"]
+
+
+def test_proxies_and_private_authorities_that_miss_a_library_are_told(
+    make: Callable[..., Federation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import certifi
+
+    federation = make()
+    assert levels(doctor.environment(federation)) == ["ok"]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://store.storage.svc:9000")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
+    (through,) = doctor.environment(federation)
+    assert (through.level, "store.storage.svc" in through.what) == ("warn", True)
+    monkeypatch.setenv("NO_PROXY", ".svc,127.0.0.1")
+    assert levels(doctor.environment(federation)) == ["ok"]
+    monkeypatch.setenv("SSL_CERT_FILE", certifi.where())
+    assert [f.what for f in doctor.environment(federation) if f.level == "warn"] == [
+        "SSL_CERT_FILE set, AWS_CA_BUNDLE not: boto3 reads only that one"
+    ]
+    (tmp_path / "empty.pem").write_text("")
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "empty.pem"))
+    assert "fail" in levels(doctor.environment(federation))
+
+
+def test_a_sign_in_that_would_travel_in_the_clear_is_told(make: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = make()
+    monkeypatch.setenv("KFP_TOKEN", "hush")
+    for endpoint, expected in (
+        ("http://kubeflow.example", "warn"),
+        ("https://kubeflow.example", "ok"),
+        ("http://ml-pipeline.kubeflow.svc:8888", "ok"),
+    ):
+        monkeypatch.setenv("KFP_ENDPOINT", endpoint)
+        assert levels(doctor.environment(federation))[0] == expected
+
+
+def test_the_table_shows_every_finding_and_its_cure_as_text() -> None:
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(doctor.render([doctor.ok("store", "fine [bold]"), doctor.fail("north", "no such thing", "make one")]))
+    text = console.export_text()
+    assert "fine [bold]" in text
+    assert "→ make one" in text
