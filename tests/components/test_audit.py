@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import courses
 import pytest
 
 from silotune.components import audit, chain
 from silotune.components.errors import RefusedError
 from silotune.components.object_store import ObjectStore
-
-
-def beside(name: str) -> Any:
-    """A module that lies in this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-courses = beside("courses")
 
 
 @pytest.fixture

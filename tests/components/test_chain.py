@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import courses
 import pytest
 
 from silotune.components import audit, chain, keys, retention
@@ -18,17 +17,6 @@ from silotune.components.errors import RefusedError
 from silotune.components.protocol import Commit, UpdateManifest
 from silotune.components.rounds import Rounds
 from silotune.components.s3_store import S3Store
-
-
-def beside(name: str) -> Any:
-    """A module that lies in this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-courses = beside("courses")
 
 
 @pytest.fixture(scope="module")

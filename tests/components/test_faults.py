@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,22 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 
 from silotune.components.directory_store import DirectoryStore
 from silotune.components.errors import UnreachableError
 from silotune.components.s3_store import S3Store
-
-
-def beside(name: str) -> Any:
-    """A module that lies in this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-faults = beside("faults")
 
 
 def always(store: DirectoryStore, kind: str) -> Any:

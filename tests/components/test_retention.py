@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
+import courses
 import pytest
 
 from silotune.components import audit, chain, retention
@@ -14,16 +13,6 @@ from silotune.components.directory_store import DirectoryStore
 from silotune.components.errors import FederationError
 from silotune.components.s3_store import S3Store
 
-
-def beside(name: str) -> Any:
-    """A module that lies in this folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-courses = beside("courses")
 KEEP = {"storage": {"retention": {"updates": 2}}}
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import kfp_api
 import pytest
 import yaml
 from google.protobuf import json_format
@@ -41,17 +40,6 @@ storage: {{root: s3://store/federations}}
 tracking: {{uri: https://mlflow.example}}
 security: {{keys: {json.dumps(KEYS)}}}
 """
-
-
-def fake(name: str) -> Any:
-    """A module of tests/fakes, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "fakes" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kfp_api = fake("kfp_api")
 
 
 @pytest.fixture(autouse=True)

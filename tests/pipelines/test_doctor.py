@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import boto3
+import kfp_api
 import pytest
 from moto.server import ThreadedMotoServer
 from rich.console import Console
@@ -47,14 +46,6 @@ NODE = {
     "spec": {"taints": [{"key": "gpu", "effect": "NoSchedule"}]},
     "status": {"allocatable": {"nvidia.com/gpu": "4"}, "conditions": [{"type": "Ready", "status": "True"}]},
 }
-
-
-def fake(name: str) -> Any:
-    """A module of tests/fakes, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "fakes" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Answers:
@@ -201,7 +192,7 @@ def test_a_federation_that_has_all_it_needs_is_well(make: Callable[..., Federati
     surroundings.put_bucket_encryption(
         Bucket="store", ServerSideEncryptionConfiguration={"Rules": [{"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}]}
     )
-    with fake("kfp_api").KfpApi() as kfp, kubernetes(answers.url) as api:
+    with kfp_api.KfpApi() as kfp, kubernetes(answers.url) as api:
         found = doctor.examine(make(), endpoint=kfp.url, kubernetes=api)
     assert [f for f in found if f.level != "ok"] == []
     assert doctor.exit_code(found) == 0
