@@ -253,11 +253,15 @@ def compile(
 
     from kfp import compiler
 
+    from silotune.components.federation import Placement
     from silotune.pipelines.federated_finetuning import federated_finetuning
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(federated_finetuning(federation, slots, placed=True), str(output))
+    placed = federation.coordinator_image is not None or any(silo.placement != Placement() for silo in federation.silos)
+    compiler.Compiler().compile(federated_finetuning(federation, slots, placed=placed), str(output))
     typer.echo(f"{output}: {len(federation.silos)} silos, {slots} rounds; its parameter `federation` is the file's path where tasks run")
+    if not placed:
+        typer.echo("no silo has a `placement`: the tasks name no image that holds silotune, and are for reading", err=True)
 
 
 @app.command()
