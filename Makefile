@@ -5,6 +5,17 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export TOKENIZERS_PARALLELISM := false
 
+# The images. WHEELS_IMAGE names an image that holds wheels, where an index cannot be reached.
+DOCKER ?= docker
+BASE_IMAGE ?= python:3.11-slim
+WHEELS_IMAGE ?= scratch
+TORCH ?= cpu
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+REVISION ?= $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)
+SOURCE ?=
+LOCK = UV_FIND_LINKS= $(BIN)/uv pip compile --quiet --no-config --python-version 3.11 --no-annotate --generate-hashes \
+  --custom-compile-command 'make lock' --constraint constraints.txt
+
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | expand -t 18
 
@@ -28,6 +39,23 @@ test-slow: setup  ## crash tests on every box, whole runs on real text
 
 chaos: setup  ## 200 seeded scenarios of kills, lost answers, damaged bytes and races (twenty minutes)
 	$(BIN)/python tests/chaos/run.py
+
+images: image-silo image-coordinator  ## build both container images (BASE_IMAGE, TORCH=cpu|cuda, REGISTRY=…/ and PUSH=1)
+
+image-silo image-coordinator: image-%:
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --target $* --tag $(REGISTRY)silotune-$*:$(VERSION) \
+	  --build-arg BASE_IMAGE=$(BASE_IMAGE) --build-arg WHEELS_IMAGE=$(WHEELS_IMAGE) --build-arg TORCH=$(TORCH) \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) --build-arg SOURCE=$(SOURCE) .
+	$(if $(PUSH),$(DOCKER) push $(REGISTRY)silotune-$*:$(VERSION))
+
+test-images: setup  ## build both images for real and run a federation in them (needs a Docker engine)
+	$(BIN)/python -m pytest -m images tests/docker
+
+lock: setup  ## choose the images' packages anew, from docker/*.in and constraints.txt
+	$(LOCK) docker/build.in -o docker/build.lock
+	$(LOCK) --excludes docker/without.txt docker/coordinator.in -o docker/coordinator.lock
+	$(LOCK) --excludes docker/without.txt --excludes docker/silo-without.txt docker/silo.in -o docker/silo.lock
+	echo torch | $(LOCK) --excludes docker/without.txt -c docker/silo.lock - -o docker/torch-cuda.lock
 
 lint: setup .types/silotune/components  ## ruff, mypy, import rules
 	$(BIN)/ruff check .
@@ -54,5 +82,5 @@ golden: setup  ## rewrite the compiled pipelines that tests compare with
 clean:  ## remove what the targets made, but no results
 	rm -rf $(VENV) .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
-.PHONY: help setup run test test-slow chaos lint bench docs golden clean
+.PHONY: help setup run test test-slow chaos images image-silo image-coordinator test-images lock lint bench docs golden clean
 .DEFAULT_GOAL := help
