@@ -13,6 +13,7 @@ from silotune.components.federation import Agreement, Federation, Silo
 from silotune.components.federation_file import is_remote
 from silotune.components.protocol import Commit
 from silotune.components.rounds import Rounds
+from silotune.components.strategies import RULES, STRATEGIES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,7 +59,7 @@ def terms_table(federation: Federation, base: base_model.Base | None) -> Rendera
         "data": f"{f.data.format}, at most {f.data.max_length} tokens",
         "rounds": f"{f.rounds.total}, {f.rounds.per_run or 'all'} per run, quorum {_quorum(f)}{until}",
         "training": f"{t.steps} steps of {t.batch_size} examples per round, rate {t.learning_rate:g} {t.schedule}, seed {t.seed}",
-        "aggregation": f"{f.aggregation.strategy} by {f.aggregation.weights}, updates in {f.communication.codec}",
+        "aggregation": _aggregation(f),
         "export": f"{f.export.select} round, {'merged model' if f.export.merge and f.model.method == 'lora' else 'as trained'}",
         "security": CUSTODY[f.custody],
         "store": f.storage.root,
@@ -73,8 +74,42 @@ def terms_table(federation: Federation, base: base_model.Base | None) -> Rendera
     return table
 
 
+def _aggregation(federation: Federation) -> str:
+    terms = federation.aggregation
+    rule = f", {terms.robust.rule} against {terms.robust.hostile} hostile" if terms.robust else ""
+    return f"{terms.strategy} by {terms.weights}{rule}, updates in {federation.communication.codec}"
+
+
+def composition_tables() -> tuple[RenderableType, RenderableType]:
+    """What can be chosen in ``aggregation``, and what holds together: strategies, and robust rules."""
+    from rich.table import Table
+
+    def table(*columns: str) -> Table:
+        made = Table(box=None, pad_edge=False)
+        for i, name in enumerate(columns):
+            made.add_column(name, no_wrap=i == 0, style="bold" if i == 0 else "")
+        return made
+
+    def yes(holds: bool) -> str:
+        return "yes" if holds else "-"
+
+    ways = table(
+        "strategy", "LoRA product exact", "unequal ranks", "full", "robust rules", "tree, secure sum", "record DP", "what", "source"
+    )
+    for name, s in STRATEGIES.items():
+        exact = s.exact if s.lora_only else "no"
+        told = (s.unequal_ranks, not s.lora_only, s.takes_rules, s.linear, s.record_privacy)
+        ways.add_row(name, exact, *map(yes, told), s.what, s.paper)
+    rules = table("rule", "silos needed against f", "works on", "what", "source")
+    for name, r in RULES.items():
+        few, each = r.least["silos"], r.least["hostile"]
+        rules.add_row(name, f"{each if each > 1 else ''}f + {few}", r.kind, r.what, r.paper)
+    return ways, rules
+
+
 def _silo(silo: Silo) -> str:
     own = ", ".join(f"{key} {value}" for key, value in silo.training.model_dump(exclude_none=True).items())
+    own = ", ".join(filter(None, [own, f"rank {silo.lora.r}" if silo.lora.r else ""]))
     splits = ", ".join(key for key in ("train", "valid", "test") if getattr(silo, key))
     return f"{silo.id}: {splits}" + (f"; own {own}" if own else "")
 

@@ -32,12 +32,13 @@ from silotune.pipelines import cluster_commands as cluster
 from silotune.pipelines import integrity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from rich.console import Console
 
     from silotune.components.federation import Federation
     from silotune.components.rounds import Rounds
+    from silotune.pipelines.engines import LocalRun
     from silotune.pipelines.progress_view import Course
 
 app = typer.Typer(
@@ -56,6 +57,7 @@ class Engine(StrEnum):
     """Where a run works."""
 
     local = "local"
+    docker = "docker"
 
 
 class Terminated(BaseException):
@@ -133,12 +135,20 @@ def _check_data(federation: Federation, console: Console) -> None:
 def run(
     file: File,
     rounds: PerRun = None,
-    engine: Annotated[Engine, typer.Option(help="Where it runs.")] = Engine.local,
-    warm: Annotated[bool, typer.Option("--warm/--no-warm", help="Keep one process with the imports done; faster.")] = True,
+    engine: Annotated[
+        Engine, typer.Option(help="Tasks as processes, or each in a container that sees its own party's files only.")
+    ] = Engine.local,
+    warm: Annotated[bool, typer.Option("--warm/--no-warm", help="local: keep one process with the imports done; faster.")] = True,
+    silo_image: Annotated[
+        str | None, typer.Option(metavar="TAG", help="docker: image with PyTorch; default: that of `make images`.")
+    ] = None,
+    coordinator_image: Annotated[str | None, typer.Option(metavar="TAG", help="docker: image of aggregate; default: likewise.")] = None,
 ) -> None:
     """Run a federation on this machine, from where it stands."""
     from silotune.pipelines import status as stand
 
+    if engine is Engine.local and (silo_image or coordinator_image):
+        raise FederationError("--silo-image and --coordinator-image: need --engine docker; the local engine runs no image")
     federation, console = _load(file, check_files=True), _console()
     _tell_custody(federation)
     store = _rounds(federation)
@@ -147,7 +157,17 @@ def run(
     if exported and stand.is_current(federation, store, exported):
         console.print("nothing left to do: all rounds are committed, and the model is exported", highlight=False)
     else:
-        _run_here(federation, store, slots, warm, file, console)
+
+        def start() -> LocalRun:
+            if engine is Engine.docker:
+                from silotune.pipelines import docker_engine
+
+                return docker_engine.start(federation, slots, docker_engine.chosen_images(silo_image, coordinator_image))
+            from silotune.pipelines import engines
+
+            return engines.start(federation, slots, warm=warm)
+
+        _run_here(federation, store, slots, start, file, console)
         exported = stand.export(federation, store)
     if found := stand.comparison(federation, store):
         console.print(stand.comparison_table(found))
@@ -174,14 +194,13 @@ def _slots(federation: Federation, store: Rounds, asked: int | None) -> int:
     return min(left, asked or federation.rounds.per_run or left)
 
 
-def _run_here(federation: Federation, store: Rounds, slots: int, warm: bool, file: Path, console: Console) -> None:
-    from silotune.pipelines import engines
+def _run_here(federation: Federation, store: Rounds, slots: int, start: Callable[[], LocalRun], file: Path, console: Console) -> None:
     from silotune.pipelines.progress_view import watch
 
     with _terminable():
         going = None
         try:
-            going = engines.start(federation, slots, warm=warm)
+            going = start()
             course = watch(going, federation, store, slots, console)
         except (KeyboardInterrupt, Terminated) as why:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -294,6 +313,18 @@ def ui(file: File, port: Annotated[int, typer.Option(min=1, max=65535, help="Por
     os.chdir(folder.parent)  # where MLflow drops what it writes beside its database
     words = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.execv(sys.executable, [sys.executable, *words])  # noqa: S606 (no shell is wanted)
+
+
+@app.command()
+def strategies() -> None:
+    """Say which ways of aggregation there are, and what each can be combined with."""
+    from silotune.pipelines.checkup import composition_tables
+
+    console = _console()
+    ways, rules = composition_tables()
+    console.print(ways)
+    console.print("\naggregation.robust.rule", style="bold")
+    console.print(rules)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """The commands for a Kubeflow cluster and its silos: doctor, submit, schedule, runs, logs, cancel, unschedule, onboard, offboard.
 
-Where the cluster is and as whom one speaks comes from the environment (see `cluster`), since secrets are no options.
+Where the cluster is and as whom one speaks comes from the environment (see `kfp_api`), since secrets are no options.
 """
 
 from __future__ import annotations
@@ -42,11 +42,13 @@ def submit(
     file: File, rounds: RoundsPerRun = None, endpoint: Endpoint = None, namespace: Namespace = None, service_account: Account = None
 ) -> None:
     """Start a run on Kubeflow."""
-    from silotune.pipelines import cluster
+    from silotune.pipelines import submission
+    from silotune.pipelines.cluster_fit import require_fit
+    from silotune.pipelines.kfp_api import connect
 
     federation = _load(file)
-    cluster.require_fit(federation)
-    found = cluster.submit(cluster.connect(endpoint, namespace), federation, _rounds(federation, rounds), service_account=service_account)
+    require_fit(federation)
+    found = submission.submit(connect(endpoint, namespace), federation, _rounds(federation, rounds), service_account=service_account)
     _warn(found.notes)
     typer.echo(f"run {found.run} of pipeline version {found.version}\n{found.url}")
 
@@ -61,12 +63,14 @@ def schedule(
     service_account: Account = None,
 ) -> None:
     """Have a run started again and again; each goes on from the last commit."""
-    from silotune.pipelines import cluster
+    from silotune.pipelines import schedules
+    from silotune.pipelines.cluster_fit import require_fit
+    from silotune.pipelines.kfp_api import connect
 
     federation = _load(file)
-    cluster.require_fit(federation)
-    found = cluster.schedule(
-        cluster.connect(endpoint, namespace),
+    require_fit(federation)
+    found = schedules.schedule(
+        connect(endpoint, namespace),
         federation,
         cron,
         _rounds(federation, rounds),
@@ -79,17 +83,19 @@ def schedule(
 
 def unschedule(file: File, endpoint: Endpoint = None, namespace: Namespace = None) -> None:
     """End the recurring runs of a federation; one that is going on goes on."""
-    from silotune.pipelines import cluster
+    from silotune.pipelines import schedules
+    from silotune.pipelines.kfp_api import connect
 
-    count = cluster.unschedule(cluster.connect(endpoint, namespace), _load(file))
+    count = schedules.unschedule(connect(endpoint, namespace), _load(file))
     typer.echo(f"{count} recurring run{'s' * (count != 1)} removed")
 
 
 def cancel(file: File, run: RunId = None, endpoint: Endpoint = None, namespace: Namespace = None) -> None:
     """Stop a run on Kubeflow; nothing committed is lost."""
-    from silotune.pipelines import cluster
+    from silotune.pipelines import runs as pipeline_runs
+    from silotune.pipelines.kfp_api import connect
 
-    stopped = cluster.cancel(cluster.connect(endpoint, namespace), _load(file), run)
+    stopped = pipeline_runs.cancel(connect(endpoint, namespace), _load(file), run)
     typer.echo(f"stopped: {', '.join(stopped)}" if stopped else "no run is going on")
 
 
@@ -100,9 +106,10 @@ def runs(
     namespace: Namespace = None,
 ) -> None:
     """Show the latest runs on Kubeflow and how their tasks stand."""
-    from silotune.pipelines import cluster
+    from silotune.pipelines import runs as pipeline_runs
+    from silotune.pipelines.kfp_api import connect
 
-    for run in cluster.runs(cluster.connect(endpoint, namespace), _load(file), limit=limit):
+    for run in pipeline_runs.runs(connect(endpoint, namespace), _load(file), limit=limit):
         typer.echo(f"{run.identity}  {run.state}  {run.name}")
         for task in run.tasks:
             typer.echo(f"  {task.name:<24} {task.state}")
@@ -110,12 +117,13 @@ def runs(
 
 def logs(file: File, run: RunId = None, endpoint: Endpoint = None, namespace: Namespace = None) -> None:
     """Print the logs of the coordinator's tasks; a silo's stay in its storage."""
-    from silotune.pipelines import cluster
+    from silotune.pipelines import runs as pipeline_runs
+    from silotune.pipelines.kfp_api import connect
 
     federation = _load(file)
-    for log in cluster.logs(cluster.connect(endpoint, namespace), federation, run):
+    for log in pipeline_runs.logs(connect(endpoint, namespace), federation, run):
         typer.echo(f"--- {log.task} ({log.state})\n{log.text or log.problem}")
-    for line in cluster.silo_logs(federation):
+    for line in pipeline_runs.silo_logs(federation):
         typer.echo(line)
 
 

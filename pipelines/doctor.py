@@ -29,7 +29,7 @@ from silotune.components import job_manifest, keys
 from silotune.components.errors import FederationError, SilotuneError, UnreachableError
 from silotune.components.federation import Federation, Silo, Toleration
 from silotune.components.federation_file import COORDINATOR, is_remote
-from silotune.pipelines import cluster
+from silotune.pipelines import cluster_fit, kfp_api
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,7 +68,7 @@ def examine(federation: Federation, *, endpoint: str | None = None, namespace: s
     """Every check, whatever the others find.
 
     Args:
-        endpoint, namespace: of Kubeflow Pipelines, as in `cluster.connect`.
+        endpoint, namespace: of Kubeflow Pipelines, as in `kfp_api.connect`.
         kubernetes: an `ApiClient`; default: that of this pod, or of the kubeconfig.
     """
     findings: list[Finding] = []
@@ -122,7 +122,7 @@ def render(findings: list[Finding]) -> RenderableType:
 
 def fit(federation: Federation) -> Iterator[Finding]:
     try:
-        cluster.require_fit(federation)
+        cluster_fit.require_fit(federation)
         yield ok("federation", f"{federation.file.name} can run on a cluster, launcher: {federation.launcher}; images by digest")
     except FederationError as error:
         for line in str(error).splitlines()[1:]:
@@ -194,14 +194,14 @@ def affinity(federation: Federation) -> Iterator[Finding]:
     remote = {f"{s.id}'s {key}": getattr(s, key) for s in federation.silos for key in ("storage", "train", "valid", "test")}
     remote = {what: place for what, place in remote.items() if place and is_remote(place)}
     for what, place in remote.items():
-        if cluster.within(place, root) or (what.endswith("storage") and cluster.within(root, place)):
+        if cluster_fit.within(place, root) or (what.endswith("storage") and cluster_fit.within(root, place)):
             broken += 1
             yield fail(
                 "affinity map", f"{what}, {place}, and the store that all share, {root}, overlap", "use a bucket or prefix of its own"
             )
     for (one_what, a), (other_what, b) in combinations(remote.items(), 2):
         owners = {w.partition("'")[0] for w in (one_what, other_what)}
-        if len(owners) == 2 and (cluster.within(a, b) or cluster.within(b, a)):
+        if len(owners) == 2 and (cluster_fit.within(a, b) or cluster_fit.within(b, a)):
             broken += 1
             yield fail("affinity map", f"{one_what}, {a}, and {other_what}, {b}, overlap", "give each silo a bucket or prefix of its own")
     if not broken:
@@ -242,7 +242,7 @@ def environment(federation: Federation) -> Iterator[Finding]:
     """Proxies and private authorities, which each library takes from another variable."""
     proxies = getproxies_environment()
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    hosts = {urlsplit(url).hostname or "" for url in (endpoint, federation.tracking.uri, os.environ.get(cluster.ENDPOINT) or "")}
+    hosts = {urlsplit(url).hostname or "" for url in (endpoint, federation.tracking.uri, os.environ.get(kfp_api.ENDPOINT) or "")}
     inside = sorted(h for h in hosts if h.endswith((".svc", ".cluster.local", ".local", "localhost")) or h.startswith(("10.", "127.")))
     inside += ["kubernetes.default.svc"] if os.environ.get("KUBERNETES_SERVICE_HOST") else []
     through = [h for h in inside if ("http" in proxies or "https" in proxies) and not proxy_bypass(h)]
@@ -268,9 +268,9 @@ def environment(federation: Federation) -> Iterator[Finding]:
             "AWS_CA_BUNDLE serves the store only",
             "set SSL_CERT_FILE and REQUESTS_CA_BUNDLE for Kubeflow and MLflow, if theirs is private",
         )
-    kfp = urlsplit(os.environ.get(cluster.ENDPOINT) or "")
-    if kfp.scheme == "http" and (os.environ.get(cluster.TOKEN) or os.environ.get(cluster.COOKIE)) and (kfp.hostname or "") not in inside:
-        yield warn("kubeflow", f"the sign-in would travel to {kfp.hostname} in the clear", f"use https:// in {cluster.ENDPOINT}")
+    kfp = urlsplit(os.environ.get(kfp_api.ENDPOINT) or "")
+    if kfp.scheme == "http" and (os.environ.get(kfp_api.TOKEN) or os.environ.get(kfp_api.COOKIE)) and (kfp.hostname or "") not in inside:
+        yield warn("kubeflow", f"the sign-in would travel to {kfp.hostname} in the clear", f"use https:// in {kfp_api.ENDPOINT}")
     if not proxies and not named:
         yield ok("environment", "no proxy and no private authority is set")
 
@@ -455,7 +455,7 @@ def _mlflow_sign_in() -> dict[str, str]:
 
 
 def kubeflow(endpoint: str | None, namespace: str | None) -> Iterator[Finding]:
-    found = cluster.connect(endpoint, namespace)
+    found = kfp_api.connect(endpoint, namespace)
     whose = f"namespace {found.namespace}" if found.multi_user else "single-user"
     yield ok("kubeflow", f"{found.endpoint} answers, {whose}, version {found.version or 'not told'}")
     major, _, rest = found.version.lstrip("v").partition(".")
@@ -524,7 +524,7 @@ def silos(federation: Federation, given: Any, namespace: str | None) -> Iterator
     if not near:
         return
     api = Kubernetes(given) if given is not None else _kubernetes()
-    pipeline = namespace or os.environ.get(cluster.NAMESPACE) or "kubeflow"
+    pipeline = namespace or os.environ.get(kfp_api.NAMESPACE) or "kubeflow"
     for silo in near:
         within = (silo.placement.namespace or "") if federation.launcher == "job" else pipeline
         if not within:

@@ -1,7 +1,8 @@
-"""Engines: where a federation's pipeline runs. For now this machine: `kfp.local`, every task a subprocess.
+"""Engines: where a federation's pipeline runs. Here: this machine, by `kfp.local`, every task a subprocess (containers: `docker_engine`).
 
-    start(federation, rounds)      launch a run in a process session of its own; returns a `LocalRun` to watch and to stop
-    python -m silotune.pipelines.engines FEDERATION ROUNDS RUN_FOLDER      what that session executes
+    start(federation, rounds)              launch a run; returns a `LocalRun` to watch and to stop
+    launch(federation, module, arguments)  the same for any engine: a module run in a process session of its own
+    python -m silotune.pipelines.engines FEDERATION RUN_FOLDER ROUNDS warm|cold      what that session executes
 
 A run folder under ``.silotune/runs`` holds the run's events, its log and KFP's own outputs. The starter holds a lock on it; whatever belongs
 to the run ends by itself when the lock is gone, so that nothing outlives a killed terminal. The truth about a run is in the store.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ class LocalRun:
     folder: Path
     process: subprocess.Popen[bytes]
     began: float = field(default_factory=time.time)
+    clean: Callable[[], None] = lambda: None  # after a stop: what does not end with the process, such as containers
 
     @property
     def log(self) -> Path:
@@ -52,6 +55,7 @@ class LocalRun:
                 os.killpg(self.process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=3)
+        self.clean()
 
     def result(self) -> dict[str, Any]:
         """After the end: {"exit_code", "message", "output"}."""
@@ -63,6 +67,15 @@ class LocalRun:
 
 def start(federation: Federation, rounds: int, *, warm: bool = True) -> LocalRun:
     """Launch a run of ``rounds`` rounds. ``warm`` starts a warm parent, which saves every step its imports.
+
+    Raises:
+        RefusedError: as of `launch`.
+    """
+    return launch(federation, "silotune.pipelines.engines", str(rounds), "warm" if warm else "cold")
+
+
+def launch(federation: Federation, module: str, *arguments: str) -> LocalRun:
+    """Run a module in a process session of its own, with the federation file, a new run folder and ``arguments``; its `main` is `in_session`.
 
     Raises:
         RefusedError: a run of this file is going on; two would write the same silo folders.
@@ -78,10 +91,9 @@ def start(federation: Federation, rounds: int, *, warm: bool = True) -> LocalRun
     for old in sorted(p for p in runs.iterdir() if p.is_dir())[:-KEEP]:
         _remove(old)
     folder = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=runs))
-    arguments = [str(federation.file), str(rounds), str(folder), "warm" if warm else "cold"]
     with (folder / "run.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "silotune.pipelines.engines", *arguments],
+            [sys.executable, "-m", module, str(federation.file), str(folder), *arguments],
             stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[going.fileno()],
         )  # fmt: skip
     going.close()  # from here on the run itself holds the lock, for as long as it lives
@@ -94,30 +106,28 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def execute(file: str, rounds: int, folder: Path, warm: bool) -> dict[str, Any]:
+def execute(file: str, folder: Path, rounds: str, warmth: str) -> dict[str, Any]:
     """In the run's own session: execute the pipeline, and say how it ended from what the boxes told."""
-    os.environ[RUN_VARIABLE] = str(folder)
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context((folder / "alive.lock").open("w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if warm:
+        if warmth == "warm":
             stack.enter_context(_warm_parent())
         from kfp import local
 
         from silotune.pipelines.federated_finetuning import federated_finetuning
 
         try:
-            pipeline = federated_finetuning(Federation.load(file), rounds)
+            pipeline = federated_finetuning(Federation.load(file), int(rounds))
         except SilotuneError as error:
             return {"exit_code": error.exit_code, "message": str(error), "output": ""}
         local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "kfp"), raise_on_error=True)
         try:
             return {"exit_code": 0, "message": "", "output": pipeline(federation=file).output}
         except RuntimeError as error:  # a task failed; which one and why is among the events
-            return _failure(folder) or {"exit_code": 1, "message": f"the pipeline failed: {error}", "output": ""}
+            return failure(folder) or {"exit_code": 1, "message": f"the pipeline failed: {error}", "output": ""}
 
 
-def _failure(folder: Path) -> dict[str, Any] | None:
+def failure(folder: Path) -> dict[str, Any] | None:
+    """The result of a run whose coordinator's box told that it broke; None where none did."""
     from silotune.components.progress import read_events
 
     for event in reversed(read_events(folder, 0)[0]):
@@ -141,11 +151,19 @@ def _warm_parent() -> Any:
             process.wait()
 
 
-if __name__ == "__main__":
+def in_session(execute: Callable[..., dict[str, Any]]) -> None:
+    """The main of an engine's session: ``execute(file, run folder, *arguments)``, alive for as long as its starter, then leave its result."""
     die_with(sys.stdin.fileno())
-    run_folder = Path(sys.argv[3])
-    outcome = execute(sys.argv[1], int(sys.argv[2]), run_folder, sys.argv[4] == "warm")
-    (run_folder / "result.part").write_text(json.dumps(outcome))
-    (run_folder / "result.part").replace(run_folder / "result.json")
+    file, folder = sys.argv[1], Path(sys.argv[2])
+    os.environ[RUN_VARIABLE] = str(folder)
+    with (folder / "alive.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        outcome = execute(file, folder, *sys.argv[3:])
+    (folder / "result.part").write_text(json.dumps(outcome))
+    (folder / "result.part").replace(folder / "result.json")
     sys.stdout.flush()
     os._exit(outcome["exit_code"])
+
+
+if __name__ == "__main__":
+    in_session(execute)

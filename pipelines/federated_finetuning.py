@@ -15,21 +15,24 @@ from silotune.components.errors import FederationError
 from silotune.components.evaluate.component import evaluate
 from silotune.components.export.component import export
 from silotune.components.federation import Federation
+from silotune.components.federation_file import COORDINATOR
 from silotune.components.initialize.component import initialize
 from silotune.components.preprocess.component import preprocess
 from silotune.components.train.component import train
-from silotune.pipelines.placement import place
+from silotune.pipelines.container_plan import PARTY_VARIABLE, Images
+from silotune.pipelines.placement import place, place_coordinator
 
 MOST_TRAININGS = 200  # silos x rounds that fit into one workflow object (Argo: 1.5 MB)
 
 
-def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = False) -> Any:
+def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = False, images: Images | None = None) -> Any:
     """The pipeline of a federation, ready for `kfp.compiler` or `kfp.local`.
 
     Args:
         federation: names the silos.
         rounds: how many rounds one run works on.
         placed: for a cluster: each task says what it needs there.
+        images: for Docker on this machine: each task names its image, and whose it is.
 
     Raises:
         FederationError: more silo-trainings than one run can hold, or a placement that cannot be given.
@@ -43,16 +46,23 @@ def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = 
 
     def of_silo(component: Any, silo: str, **arguments: Any) -> Any:
         task = _named(component(silo=silo, **arguments), f"{component.name} {silo}")
+        if images:
+            return task.set_container_image(images.silo).set_env_variable(PARTY_VARIABLE, silo)
         return place(task, federation, silo, coordinator_image=federation.coordinator_image) if placed else task
 
     def of_coordinator(component: Any, **arguments: Any) -> Any:
         task = _named(component(**arguments), component.name)
-        return task.set_container_image(federation.coordinator_image) if placed and federation.coordinator_image else task
+        builds_model = component in (initialize, export)
+        if images:
+            image = images.silo if builds_model else images.coordinator
+            return task.set_container_image(image).set_env_variable(PARTY_VARIABLE, COORDINATOR)
+        wanted = (builds_model and federation.model_image) or federation.coordinator_image
+        return place_coordinator(task, federation, component.name, image=wanted or None) if placed else task
 
     @dsl.pipeline(name="federated-round", description="Train in every silo, then aggregate.")
     def federated_round(federation: str, turn: str) -> str:
         trained = [of_silo(train, s, federation=federation, turn=turn) for s in silos]
-        return of_coordinator(aggregate, federation=federation, turn=turn, statuses=_outputs(trained)).output
+        return of_coordinator(aggregate, federation=federation, turn=turn, statuses=_outputs(trained)).outputs["Output"]
 
     @dsl.pipeline(name=f"silotune-{federation.name}", description=f"Federated fine-tuning of {federation.name}.")
     def pipeline(federation: str) -> str:

@@ -6,5 +6,8 @@ from kfp import dsl
 @dsl.component(base_image="python:3.11-slim", install_kfp_package=False)
 def export(federation: str, turn: str, statuses: list) -> str:
     from silotune.components.export.step import run
+    from silotune.components.recurrence import end_when_done
 
-    return run(federation, turn, statuses)
+    location = run(federation, turn, statuses)
+    end_when_done(federation, turn)
+    return location

@@ -83,7 +83,7 @@ class Hand:
         assert self.last
         object_ = self.rounds.put_json_object({"w": [2, 2]})
         return self.rounds.open_round(
-            Plan(round=number, agreement=self.agreement.digest, base=self.agreement.base, incoming=object_, accepted=[(number, object_)],
+            Plan(round=number, agreement=self.agreement.digest, base=self.agreement.base, incoming=object_, tensors=object_, accepted=[(number, object_)],
                  participants={s: Participant(tensors=object_, cursor=0) for s in SILOS}, learning_rate=0.1, code="0")
         )  # fmt: skip
 

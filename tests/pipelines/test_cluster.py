@@ -18,9 +18,8 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from silotune.components.errors import FederationError, RefusedError, SilotuneError, UnreachableError
 from silotune.components.federation import Federation
-from silotune.components.rounds import Rounds
-from silotune.pipelines import cluster
-from silotune.pipelines.cluster import Cluster
+from silotune.pipelines import cluster_fit, runs, schedules, submission
+from silotune.pipelines.kfp_api import Cluster, connect, words_of
 
 IMAGE = "registry.example/silotune-silo@sha256:" + "a" * 64
 COORDINATOR_IMAGE = "registry.example/silotune-coordinator@sha256:" + "b" * 64
@@ -65,7 +64,7 @@ def ward(tmp_path: Path) -> Federation:
 
 @pytest.fixture
 def here(api: Any) -> Cluster:
-    return cluster.connect(api.url)
+    return connect(api.url)
 
 
 def load(folder: Path, change: Callable[[str], str] = str) -> Federation:
@@ -78,7 +77,7 @@ def load(folder: Path, change: Callable[[str], str] = str) -> Federation:
 
 
 def test_a_submitted_run_has_its_pipeline_version_experiment_and_one_parameter(api: Any, here: Cluster, ward: Federation) -> None:
-    submitted = cluster.submit(here, ward, 2, service_account="runner")
+    submitted = submission.submit(here, ward, 2, service_account="runner")
     (pipeline,), (version,), (experiment,), (run,) = (list(x.values()) for x in (api.pipelines, api.versions, api.experiments, api.runs))
     assert (pipeline["name"], experiment["display_name"]) == ("silotune-ward", "ward")
     assert version["name"] == submitted.version
@@ -93,7 +92,7 @@ def test_the_same_federation_reuses_its_version_and_other_terms_or_tasks_make_on
     api: Any, here: Cluster, ward: Federation, tmp_path: Path
 ) -> None:
     def submit(federation: Federation, rounds: int) -> str:
-        submitted = cluster.submit(here, federation, rounds)
+        submitted = submission.submit(here, federation, rounds)
         api.advance(submitted.run, "SUCCEEDED")
         return submitted.version
 
@@ -108,14 +107,14 @@ def test_the_same_federation_reuses_its_version_and_other_terms_or_tasks_make_on
 
 def test_a_version_is_found_again_behind_many_pages_and_other_pipelines(ward: Federation) -> None:
     with kfp_api.KfpApi(page=2) as api:
-        here = cluster.connect(api.url)
+        here = connect(api.url)
         for _ in range(2):
             for rounds in (1, 2, 3):
-                last = cluster.submit(here, ward, rounds).run
+                last = submission.submit(here, ward, rounds).run
                 api.advance(last, "FAILED")
         assert (len(api.versions), len(api.runs)) == (3, 6)
         api.advance(last, "RUNNING")
-        assert cluster.cancel(here, ward) == [last]
+        assert runs.cancel(here, ward) == [last]
 
 
 def test_what_is_uploaded_is_a_kfp_proto_without_caching_secrets_or_paths_of_this_machine(
@@ -123,7 +122,7 @@ def test_what_is_uploaded_is_a_kfp_proto_without_caching_secrets_or_paths_of_thi
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
     monkeypatch.setenv("KFP_COOKIE", "session=do-not-print")
-    cluster.submit(cluster.connect(api.url), ward, 2)
+    submission.submit(connect(api.url), ward, 2)
     (text,) = api.uploads.values()
     spec = json_format.ParseDict(next(yaml.safe_load_all(text)), pipeline_spec_pb2.PipelineSpec())
     assert spec.pipeline_info.name == "silotune-ward"
@@ -132,14 +131,14 @@ def test_what_is_uploaded_is_a_kfp_proto_without_caching_secrets_or_paths_of_thi
     assert len(boxes) == 12
     assert not any(task.caching_options.enable_cache for task in boxes)
     everything = text + json.dumps(list(api.runs.values()), default=str)
-    for word in ("wJalrXUtnFEMI", "do-not-print", str(tmp_path), str(Path.home()), str(Path(cluster.__file__).parents[1])):
+    for word in ("wJalrXUtnFEMI", "do-not-print", str(tmp_path), str(Path.home()), str(Path(submission.__file__).parents[1])):
         assert word not in everything
 
 
 def test_a_second_run_is_refused_while_one_is_going_on(api: Any, here: Cluster, ward: Federation) -> None:
-    first = cluster.submit(here, ward, 2).run
+    first = submission.submit(here, ward, 2).run
     with pytest.raises(RefusedError, match=first):
-        cluster.submit(here, ward, 2)
+        submission.submit(here, ward, 2)
     assert len(api.runs) == 1
 
 
@@ -165,17 +164,26 @@ def test_what_cannot_run_on_a_cluster_is_refused_before_anything_is_sent(
 ) -> None:
     api.requests.clear()
     federation = load(tmp_path, lambda text: text.replace(old, new, 1))
-    for act in (lambda: cluster.submit(here, federation, 2), lambda: cluster.schedule(here, federation, "0 3 * * *", 2)):
+    for act in (lambda: submission.submit(here, federation, 2), lambda: schedules.schedule(here, federation, "0 3 * * *", 2)):
         with pytest.raises(FederationError) as refused:
             act()
         assert told in str(refused.value)
     assert api.requests == []
 
 
+def test_a_base_on_a_volume_must_be_on_one_of_the_coordinators_as_well(tmp_path: Path) -> None:
+    def on_a_volume(more: str) -> Federation:
+        return load(tmp_path, lambda text: text.replace("s3://models/base", "/silo/base") + more)
+
+    with pytest.raises(FederationError, match=r"model\.base: must lie under a mount of .* and of coordinator\.claims"):
+        cluster_fit.require_fit(on_a_volume(""))
+    cluster_fit.require_fit(on_a_volume("coordinator: {claims: [{claim: models, mount: /silo}]}"))
+
+
 def test_all_reasons_are_told_at_once(tmp_path: Path) -> None:
     federation = load(tmp_path, lambda text: text.replace(IMAGE, "image:tag").replace("storage: /silo", "storage: ./silo"))
     with pytest.raises(FederationError, match="4 problems"):
-        cluster.require_fit(federation)
+        cluster_fit.require_fit(federation)
 
 
 # Signing in
@@ -188,15 +196,15 @@ def test_a_token_from_a_file_a_token_and_a_cookie_each_open_the_door(tmp_path: P
         for name, value in (("KFP_TOKEN", "t0ken-of-tests"), ("KFP_COOKIE", "authservice_session=abc"), ("KFP_TOKEN_FILE", str(file))):
             file.write_text("t0ken-of-tests")
             monkeypatch.setenv(name, value)
-            assert cluster.connect().version == "2.17.0"
+            assert connect().version == "2.17.0"
             monkeypatch.delenv(name)
         monkeypatch.setenv("KFP_TOKEN_FILE", str(file))
-        here = cluster.connect()
+        here = connect()
         file.write_text("another")
         with pytest.raises(UnreachableError, match="expired"):
-            cluster.unschedule(here, load(tmp_path))
+            schedules.unschedule(here, load(tmp_path))
         file.write_text("t0ken-of-tests")  # what the kubelet does: the same connection goes on with the new one
-        assert cluster.unschedule(here, load(tmp_path)) == 0
+        assert schedules.unschedule(here, load(tmp_path)) == 0
 
 
 @pytest.mark.parametrize("sign_in", ["401", "redirect", "page"])
@@ -208,7 +216,7 @@ def test_a_missing_or_expired_sign_in_is_told_in_a_moment_without_the_token(
         monkeypatch.setenv("KFP_TOKEN", token)
     with kfp_api.KfpApi(token="good", sign_in=sign_in) as api:
         with pytest.raises(UnreachableError) as refused:
-            cluster.connect(api.url)
+            connect(api.url)
         assert refused.value.exit_code == 5
         assert set(api.visited) == {"/apis/v2beta1/healthz"}  # nothing is sent on to where a redirect points
         assert "KFP_TOKEN" in str(refused.value)
@@ -216,17 +224,17 @@ def test_a_missing_or_expired_sign_in_is_told_in_a_moment_without_the_token(
 
 
 def test_a_sign_in_that_ends_in_the_middle_is_no_empty_answer(api: Any, here: Cluster, ward: Federation) -> None:
-    cluster.submit(here, ward, 2)
+    submission.submit(here, ward, 2)
     api.token, api.sign_in = "now required", "redirect"
     with pytest.raises(UnreachableError, match="sign-in"):
-        cluster.runs(here, ward)
+        runs.runs(here, ward)
 
 
 def test_the_servers_words_never_carry_what_signs_one_in(
     here: Cluster, api: Any, ward: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KFP_TOKEN", "hush-hush")
-    assert cluster._words(b'{"message": "token hush-hush and Bearer xyz.abc and eyJhbGciOi.JIUz.I1NiJ9"}') == "token … and … and …"
+    assert words_of(b'{"message": "token hush-hush and Bearer xyz.abc and eyJhbGciOi.JIUz.I1NiJ9"}') == "token … and … and …"
 
 
 def test_a_server_that_is_away_busy_or_silent_is_worth_trying_again(ward: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,18 +242,18 @@ def test_a_server_that_is_away_busy_or_silent_is_worth_trying_again(ward: Federa
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         with pytest.raises(UnreachableError, match="no answer"):
-            cluster.connect(url)
-    monkeypatch.setattr(cluster, "TIMEOUT", (0.2, 0.2))
+            connect(url)
+    monkeypatch.setattr("silotune.pipelines.kfp_api.TIMEOUT", (0.2, 0.2))
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()
         with pytest.raises(UnreachableError, match="no answer"):
-            cluster.connect(f"http://127.0.0.1:{mute.getsockname()[1]}")
+            connect(f"http://127.0.0.1:{mute.getsockname()[1]}")
     with kfp_api.KfpApi() as api:
-        here = cluster.connect(api.url)
+        here = connect(api.url)
         api.failing["GET", "/apis/v2beta1/experiments"] = 503
         with pytest.raises(UnreachableError, match="503"):
-            cluster.submit(here, ward, 2)
+            submission.submit(here, ward, 2)
         assert api.runs == {}
 
 
@@ -263,7 +271,7 @@ def test_wrong_settings_are_told_by_their_name(variables: dict[str, str], told: 
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(FederationError, match=told) as refused:
-        cluster.connect()
+        connect()
     assert "secret" not in str(refused.value)
 
 
@@ -271,18 +279,18 @@ def test_a_proxy_is_used_unless_no_proxy_names_the_host(api: Any, monkeypatch: p
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "example.org")
     with pytest.raises(UnreachableError, match="no answer"):
-        cluster.connect(api.url)
+        connect(api.url)
     monkeypatch.setenv("no_proxy", "example.org,127.0.0.1")
-    assert cluster.connect(api.url).version == "2.17.0"
+    assert connect(api.url).version == "2.17.0"
 
 
 def test_a_private_authority_is_trusted_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority, both = self_signed(tmp_path)
     with kfp_api.KfpApi(certificate=str(both)) as api:
         with pytest.raises(UnreachableError, match="SSL_CA_CERT"):
-            cluster.connect(api.url)
+            connect(api.url)
         monkeypatch.setenv("SSL_CA_CERT", str(authority))
-        assert cluster.connect(api.url).version == "2.17.0"
+        assert connect(api.url).version == "2.17.0"
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:
@@ -307,22 +315,22 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
 def test_a_multi_user_kubeflow_wants_a_namespace_and_keeps_to_it(ward: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     with kfp_api.KfpApi(namespaces=("team", "others")) as api:
         with pytest.raises(FederationError, match="KFP_NAMESPACE"):
-            cluster.connect(api.url)
+            connect(api.url)
         with pytest.raises(RefusedError, match="403"):
-            cluster.submit(cluster.connect(api.url, "strangers"), ward, 2)
+            submission.submit(connect(api.url, "strangers"), ward, 2)
         monkeypatch.setenv("KFP_NAMESPACE", "team")
-        here = cluster.connect(api.url)
-        cluster.submit(here, ward, 2)
-        cluster.schedule(here, ward, "0 3 * * *", 2)
+        here = connect(api.url)
+        submission.submit(here, ward, 2)
+        schedules.schedule(here, ward, "0 3 * * *", 2)
         assert {p["namespace"] for p in (*api.pipelines.values(), *api.experiments.values())} == {"team"}
-        assert (len(cluster.runs(here, ward)), cluster.runs(cluster.connect(api.url, "others"), ward)) == (1, [])
+        assert (len(runs.runs(here, ward)), runs.runs(connect(api.url, "others"), ward)) == (1, [])
 
 
 # Schedules
 
 
 def test_a_schedule_runs_one_at_a_time_without_catching_up(api: Any, here: Cluster, ward: Federation) -> None:
-    made = cluster.schedule(here, ward, "30 3 * * mon-fri", 2)
+    made = schedules.schedule(here, ward, "30 3 * * mon-fri", 2)
     (recurring,) = api.recurring.values()
     assert made.change == "created"
     assert recurring["trigger"]["cron_schedule"]["cron"] == made.cron == "0 30 3 * * mon-fri"
@@ -333,89 +341,43 @@ def test_a_schedule_runs_one_at_a_time_without_catching_up(api: Any, here: Clust
 def test_a_schedule_that_is_asked_for_again_is_left_changed_or_enabled_but_never_doubled(
     api: Any, here: Cluster, ward: Federation, tmp_path: Path
 ) -> None:
-    first = cluster.schedule(here, ward, "0 3 * * *", 2)
-    assert cluster.schedule(here, ward, "0 0 3 * * *", 2).identity == first.identity
+    first = schedules.schedule(here, ward, "0 3 * * *", 2)
+    assert schedules.schedule(here, ward, "0 0 3 * * *", 2).identity == first.identity
     api.disable_recurring({}, first.identity)
-    assert cluster.schedule(here, ward, "0 3 * * *", 2).change == "enabled"
-    moved = cluster.schedule(here, ward, "0 4 * * *", 2)
-    amended = cluster.schedule(here, load(tmp_path, lambda text: text + "training: {steps: 9}\n"), "0 4 * * *", 2)
+    assert schedules.schedule(here, ward, "0 3 * * *", 2).change == "enabled"
+    moved = schedules.schedule(here, ward, "0 4 * * *", 2)
+    amended = schedules.schedule(here, load(tmp_path, lambda text: text + "training: {steps: 9}\n"), "0 4 * * *", 2)
     assert [moved.change, amended.change] == ["changed", "changed"]
     assert list(api.recurring) == [amended.identity]
     assert api.recurring[amended.identity]["status"] == "ENABLED"
 
 
 def test_the_old_schedule_goes_on_where_the_new_one_cannot_be_made(api: Any, here: Cluster, ward: Federation) -> None:
-    old = cluster.schedule(here, ward, "0 3 * * *", 2).identity
+    old = schedules.schedule(here, ward, "0 3 * * *", 2).identity
     api.failing["POST", "/apis/v2beta1/recurringruns"] = 500
     with pytest.raises(UnreachableError):
-        cluster.schedule(here, ward, "0 4 * * *", 2)
+        schedules.schedule(here, ward, "0 4 * * *", 2)
     assert {k: r["status"] for k, r in api.recurring.items()} == {old: "ENABLED"}
 
 
 def test_unscheduling_deletes_only_the_federations_own(api: Any, here: Cluster, ward: Federation, tmp_path: Path) -> None:
     other = load(tmp_path, lambda text: text.replace("name: ward", "name: clinic"))
-    cluster.schedule(here, ward, "0 3 * * *", 2)
-    kept = cluster.schedule(here, other, "0 3 * * *", 2).identity
-    assert [cluster.unschedule(here, ward), cluster.unschedule(here, ward)] == [1, 0]
+    schedules.schedule(here, ward, "0 3 * * *", 2)
+    kept = schedules.schedule(here, other, "0 3 * * *", 2).identity
+    assert [schedules.unschedule(here, ward), schedules.unschedule(here, ward)] == [1, 0]
     assert list(api.recurring) == [kept]
-
-
-@pytest.mark.parametrize(
-    ("cron", "six"),
-    [
-        ("0 3 * * *", "0 0 3 * * *"),
-        ("15 0 3 1,15 jan-jun ?", "15 0 3 1,15 jan-jun ?"),
-        ("*/20 8-18/2 * * 1-5", "0 */20 8-18/2 * * 1-5"),
-        ("5/15 * * * SUN", "0 5/15 * * * SUN"),
-        ("0 0 29 2 *", "0 0 0 29 2 *"),
-    ],
-)
-def test_a_cron_of_five_or_six_fields_means_what_the_scheduler_reads(cron: str, six: str) -> None:
-    assert cluster.six_fields(cron) == six
-    ours = [cluster._values(text, *known) for text, known in zip(six.split(), cluster.CRON, strict=True)]
-    assert ours == kfp_api.parse_cron(six)
-
-
-@pytest.mark.parametrize(
-    ("cron", "told"),
-    [
-        ("", "must have 6 fields"),
-        ("0 3 * *", "must have 6 fields"),
-        ("CRON_TZ=Europe/Zurich 0 0 3 * * *", "must have 6 fields"),
-        ("@daily", "must have 6 fields"),
-        ("60 3 * * *", "the minute must be 0 to 59"),
-        ("0 24 * * *", "the hour must be 0 to 23"),
-        ("0 3 0 * *", "the day of the month must be 1 to 31"),
-        ("0 3 * 13 *", "the month must be 1 to 12 or jan to dec"),
-        ("0 3 * * 7", "the day of the week must be 0 to 6"),
-        ("0 5-3 * * *", "the hour"),
-        ("*/0 3 * * *", "the minute"),
-        ("0 3 * * mon-", "the day of the week"),
-        ("0 3,,4 * * *", "the hour"),
-        ("* 0 3 * * *", "must be one number"),
-        ("0 3 31 2,4 *", "no month of field 5 has a day"),
-    ],
-)
-def test_a_cron_that_would_not_run_as_meant_is_refused_with_the_field(cron: str, told: str) -> None:
-    with pytest.raises(FederationError, match=told):
-        cluster.six_fields(cron)
-
-
-def test_a_crontab_line_handed_to_the_scheduler_as_it_is_would_run_hourly() -> None:
-    seconds, minutes, hours, *_ = kfp_api.parse_cron("0 3 * * *")
-    assert (seconds, minutes, len(hours)) == ({0}, {3}, 24)
 
 
 def test_a_time_zone_other_than_the_schedulers_is_refused_with_the_cure(
     api: Any, here: Cluster, ward: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(FederationError, match=r"CRON_SCHEDULE_TIMEZONE.*KFP_TIMEZONE"):
-        cluster.schedule(here, ward, "0 3 * * *", 2, timezone="Europe/Zurich")
+        schedules.schedule(here, ward, "0 3 * * *", 2, timezone="Europe/Zurich")
     with pytest.raises(FederationError, match="must be a name"):
-        cluster.schedule(here, ward, "0 3 * * *", 2, timezone="Middle/Earth")
+        schedules.schedule(here, ward, "0 3 * * *", 2, timezone="Middle/Earth")
     assert api.recurring == {}
     monkeypatch.setenv("KFP_TIMEZONE", "Europe/Zurich")
-    assert cluster.schedule(here, ward, "0 3 * * *", 2, timezone="Europe/Zurich").timezone == "Europe/Zurich"
+    assert schedules.schedule(here, ward, "0 3 * * *", 2, timezone="Europe/Zurich").timezone == "Europe/Zurich"
 
 
 # Runs
@@ -445,67 +407,49 @@ def nodes(prefix: str = "ward-x") -> list[dict[str, Any]]:
 
 
 def test_runs_are_told_latest_first_with_their_boxes_by_silo(api: Any, here: Cluster, ward: Federation) -> None:
-    assert cluster.runs(here, ward) == []
-    first = cluster.submit(here, ward, 1).run
+    assert runs.runs(here, ward) == []
+    first = submission.submit(here, ward, 1).run
     api.advance(first, "SUCCEEDED")
-    recurring = cluster.schedule(here, ward, "0 3 * * *", 1).identity
+    recurring = schedules.schedule(here, ward, "0 3 * * *", 1).identity
     second = api.fire(recurring)
     api.advance(second, "RUNNING", nodes())
-    latest, earlier = cluster.runs(here, ward)
+    latest, earlier = runs.runs(here, ward)
     assert (latest.identity, latest.state, latest.scheduled) == (second, "RUNNING", True)
     assert (earlier.identity, earlier.state, earlier.scheduled) == (first, "SUCCEEDED", False)
     assert [(t.name, t.state) for t in latest.tasks] == [
         ("preprocess north", "SUCCEEDED"), ("preprocess south", "SUCCEEDED"), ("initialize", "SUCCEEDED"), ("train north", "SUCCEEDED"),
         ("train south", "FAILED"), ("aggregate", "RUNNING"),
     ]  # fmt: skip
-    assert len(cluster.runs(here, ward, limit=1)) == 1
+    assert len(runs.runs(here, ward, limit=1)) == 1
 
 
 def test_logs_are_the_coordinators_only_and_a_lost_one_is_told(api: Any, here: Cluster, ward: Federation) -> None:
-    run = cluster.submit(here, ward, 1).run
+    run = submission.submit(here, ward, 1).run
     api.advance(run, "RUNNING", nodes())
     for i, text in ((2, "opened round 1\n"), (3, "a record of north")):
         api.logs[run, f"ward-x-impl-{i}"] = text
-    initialize, aggregate = cluster.logs(here, ward)
+    initialize, aggregate = runs.logs(here, ward)
     assert (initialize.task, initialize.text, initialize.problem) == ("initialize", "opened round 1\n", "")
     assert (aggregate.task, aggregate.text) == ("aggregate", "")
     assert "ward-x-impl-5" in aggregate.problem
     asked = [path for _, path in api.requests if path.endswith("/log")]
     assert sorted(asked) == [f"/apis/v1alpha1/runs/{run}/nodes/ward-x-impl-{i}/log" for i in (2, 5)]
-    north, south = cluster.silo_logs(ward)
+    north, south = runs.silo_logs(ward)
     assert north.startswith("north: /silo/storage-north/ward/logs")
     assert "silotune-south" in south
     with pytest.raises(FederationError, match="is none of federation 'ward'"):
-        cluster.logs(here, ward, "another")
+        runs.logs(here, ward, "another")
 
 
 def test_cancelling_stops_what_is_going_on_and_nothing_else(api: Any, here: Cluster, ward: Federation, tmp_path: Path) -> None:
-    first = cluster.submit(here, ward, 1).run
+    first = submission.submit(here, ward, 1).run
     api.advance(first, "SUCCEEDED")
-    second = cluster.submit(here, ward, 1).run
-    stranger = cluster.submit(here, load(tmp_path, lambda text: text.replace("name: ward", "name: clinic")), 1).run
+    second = submission.submit(here, ward, 1).run
+    stranger = submission.submit(here, load(tmp_path, lambda text: text.replace("name: ward", "name: clinic")), 1).run
     with pytest.raises(FederationError, match="is none of federation 'ward'"):
-        cluster.cancel(here, ward, stranger)
-    assert [cluster.cancel(here, ward, first), cluster.cancel(here, ward), cluster.cancel(here, ward)] == [[], [second], []]
+        runs.cancel(here, ward, stranger)
+    assert [runs.cancel(here, ward, first), runs.cancel(here, ward), runs.cancel(here, ward)] == [[], [second], []]
     assert [api.runs[r]["state"] for r in (first, second, stranger)] == ["SUCCEEDED", "CANCELING", "PENDING"]
-
-
-def test_a_finished_federation_disables_its_own_recurring_run(api: Any, two_rounds: Any, tmp_path: Path) -> None:
-    here, rounds = cluster.connect(api.url), two_rounds.rounds
-    ward = load(tmp_path)
-    identity = cluster.schedule(here, ward, "0 3 * * *", 1).identity
-    assert cluster.disable_when_done(ward, rounds, here) is False  # two rounds of four
-    assert api.recurring[identity]["status"] == "ENABLED"
-    done = load(tmp_path, lambda text: text.replace("total: 4", "total: 2"))
-    assert [cluster.disable_when_done(done, rounds, here) for _ in range(2)] == [True, False]
-    assert api.recurring[identity]["status"] == "DISABLED"
-
-
-def test_a_converged_federation_is_finished_before_its_last_round(two_rounds: Any, tmp_path: Path, rounds: Rounds) -> None:
-    two_rounds.commit(3, converged=True)
-    until = "rounds: {total: 9, until: {patience: 1}"
-    assert cluster.finished(load(tmp_path, lambda text: text.replace("rounds: {total: 4", until)), rounds)
-    assert not cluster.finished(load(tmp_path, lambda text: text.replace("total: 4", "total: 9")), rounds)
 
 
 def test_two_submissions_at_once_make_one_pipeline_and_one_version(api: Any, ward: Federation) -> None:
@@ -513,7 +457,7 @@ def test_two_submissions_at_once_make_one_pipeline_and_one_version(api: Any, war
 
     def submit() -> None:
         try:
-            outcomes.append(cluster._upload(cluster.connect(api.url), ward, 2).version)
+            outcomes.append(submission.upload(connect(api.url), ward, 2).version)
         except SilotuneError as error:
             outcomes.append(error)
 
@@ -559,7 +503,7 @@ def test_an_unfit_federation_is_refused_before_kubeflow_is_asked(tmp_path: Path)
 
 
 def test_what_is_submitted_runs_the_named_images_only(ward: Federation, tmp_path: Path) -> None:
-    cluster.versioned(ward, 1, tmp_path / "package.yaml")
+    submission.versioned(ward, 1, tmp_path / "package.yaml")
     spec = next(yaml.safe_load_all((tmp_path / "package.yaml").read_text()))
     images = {e["container"]["image"] for e in spec["deploymentSpec"]["executors"].values()}
     assert images == {COORDINATOR_IMAGE}, "with launcher: job no task of the pipeline sees a record"

@@ -17,6 +17,20 @@ from silotune.components.federation import Federation
 from silotune.pipelines.federated_finetuning import federated_finetuning
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+BESIDES = {  # what a box does for Kubeflow once its step is done
+    "aggregate": [
+        "from silotune.components.round_page import write",
+        "following = {call}",
+        "metrics.metadata.update(write(federation, turn, page.path))",
+        "return following",
+    ],
+    "export": [
+        "from silotune.components.recurrence import end_when_done",
+        "location = {call}",
+        "end_when_done(federation, turn)",
+        "return location",
+    ],
+}
 BOXES = ("preprocess", "initialize", "train", "aggregate", "evaluate", "export")
 
 
@@ -69,11 +83,19 @@ def test_a_box_has_the_signature_of_its_step(box: str) -> None:
     wanted = {name: re.sub(r"\[.*", "", str(p.annotation)) for name, p in inspect.signature(run).parameters.items()}
     types = {"String": "str", "JsonArray": "list", "List": "list"}
     assert {name: types[str(i.type).split("[")[0]] for name, i in component.component_spec.inputs.items()} == wanted
-    body = inspect.getsource(component.python_func).split("-> str:")[1].strip().splitlines()
-    assert [line.strip() for line in body if line.strip()] == [
-        f"from silotune.components.{box}.step import run",
-        f"return run({', '.join(wanted)})",
-    ]
+    body = [line.strip() for line in inspect.getsource(component.python_func).split("-> str:")[1].splitlines() if line.strip()]
+    call = f"run({', '.join(wanted)})"
+    assert body[0] == f"from silotune.components.{box}.step import run"
+    assert body[1:] == [line.format(call=call) for line in BESIDES.get(box, ["return {call}"])]
+
+
+def test_a_round_shows_its_numbers_and_its_page_on_kubeflow(make_federation: Any, tmp_path: Path) -> None:
+    found = compiled(Federation.load(make_federation()), 1, tmp_path)
+    shown = found["components"]["comp-aggregate"]["outputDefinitions"]["artifacts"]
+    assert {name: its["artifactType"]["schemaTitle"] for name, its in shown.items()} == {
+        "metrics": "system.Metrics",
+        "page": "system.Markdown",
+    }
 
 
 def test_every_package_of_the_tree_is_installed() -> None:

@@ -376,7 +376,7 @@ def test_the_round_goes_on_with_the_honest_silos(opened: Open) -> None:
 
 def _manifest(opened: Open) -> UpdateManifest:
     return UpdateManifest(
-        round=1, silo="south", agreement="a", plan="p", incoming="g", object="o" * 64, bytes=1, examples=1, tokens=1, steps=1, cursor=1,
+        round=1, silo="south", agreement="a", plan="p", incoming="g", object="o" * 64, header="h" * 64, bytes=1, examples=1, tokens=1, steps=1, cursor=1,
         codec="float32", norm=1.0, loss=1.0,
     )  # fmt: skip
 

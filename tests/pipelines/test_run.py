@@ -87,6 +87,16 @@ def test_mlflow_has_one_step_a_round(finished: Finished) -> None:
     assert steps == [0, 1, 2]
 
 
+def test_each_round_has_a_page_among_kubeflows_artefacts(finished: Finished) -> None:
+    pages = [p.read_text() for p in sorted((finished.federation.work / "runs").glob("*/kfp/**/page"))]
+    assert len(pages) == 2
+    for number, outgoing in enumerate(finished.globals[1:], start=1):
+        (page,) = (p for p in pages if f"round {number}\n" in p)
+        assert f"`{outgoing}`" in page
+        assert "| east | ok |" in page
+    assert CANARY not in "".join(pages)
+
+
 def test_running_again_is_quick_and_changes_nothing(finished: Finished) -> None:
     store = Path(finished.federation.storage.root)
     before = {p: p.stat().st_mtime_ns for p in store.rglob("*") if p.is_file()}

@@ -23,7 +23,7 @@ def shown(*tables):
 
 
 def manifest(plan, silo):
-    return UpdateManifest(round=plan.round, silo=silo, agreement=plan.agreement, plan=plan.digest, incoming=plan.incoming, object="o", bytes=42,
+    return UpdateManifest(round=plan.round, silo=silo, agreement=plan.agreement, plan=plan.digest, incoming=plan.incoming, object="o", header="h", bytes=42,
                           examples=1, tokens=1, steps=1, cursor=1, codec="float32", norm=0.0, loss=1.0)  # fmt: skip
 
 
