@@ -22,6 +22,7 @@ from pathlib import Path
 from silotune.components import child, ending
 from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.federation import Federation, Silo
+from silotune.components.nodes import Layout
 from silotune.components.progress import Pulse, beat, tell
 from silotune.components.protocol import Report, Status, Turn
 from silotune.components.rounds import Rounds
@@ -54,34 +55,55 @@ def parse_status(text: str) -> tuple[str, Status, str]:
     return match[1], match[2], match[3] or ""  # type: ignore[return-value]
 
 
-def supervise(box: str, federation_file: str, silo_id: str, *arguments: str, turn: Turn | None = None) -> str:
+def supervise(
+    box: str, federation_file: str, silo_id: str, *arguments: str, turn: Turn | None = None, until: float | None = None
+) -> str:  # fmt: skip
     """Run a silo's step in a child and return its status. The child is killed where it passes ``rounds.deadline`` or is silent for
     ``rounds.stall``.
 
     Args:
         box: ``preprocess``, ``train`` or ``evaluate``.
         turn: the attempt to report a failure to, where a round is open.
+        until: Unix time in seconds at which the time for this work is over, where some of it may have gone by in waiting for a machine. It
+            shortens the deadline and never lengthens it, so that a clock that is behind gives nobody more time; once it is past, the work
+            is late before it begins.
+
+    Where several machines train one silo, only the first one reports, and does the other boxes; the others have a log of their own.
 
     Raises:
-        FederationError: the federation file cannot be read, or does not name the silo.
+        FederationError: the federation file cannot be read, or does not name the silo; the machine's place among several makes no sense.
     """
     child.die_with_run()
     federation = Federation.load(federation_file)
     silo = federation.silo(silo_id)
+    node = Layout.of().node
+    if node and box != "train":
+        return status_text(silo_id, "ok", "nothing to do")
     tell(box, "started", silo_id, round=turn.round if turn else 0)
     began = time.monotonic()
     detail = ""
     try:
-        log = silo_home(federation, silo) / "logs" / f"{box}.log"
-        deadline, stall = federation.deadline_seconds, federation.stall_seconds
+        log = silo_home(federation, silo) / "logs" / (f"{box}-node{node}.log" if node else f"{box}.log")
+        deadline, stall = _time_for(federation, until), federation.stall_seconds
         status = child.call(box, federation_file, silo_id, *arguments, log=log, deadline=deadline, stall=stall)
     except (SilotuneError, OSError) as error:
         kind, reason, detail = _failure(error)
         status = status_text(silo_id, kind, "" if kind == "late" else reason)
-        if turn and not turn.done:
+        if turn and not turn.done and not node:
             detail += _report_failure(federation, turn, silo_id, kind, reason)
     tell(box, "ended", silo_id, status=status, detail=detail, seconds=round(time.monotonic() - began, 2))
     return status
+
+
+def _time_for(federation: Federation, until: float | None) -> float | None:
+    """Seconds that a box has from now on. Raises ChildLate where that is none."""
+    deadline = federation.deadline_seconds
+    if until is None:
+        return deadline
+    left = until - time.time()
+    if left <= 0:
+        raise child.ChildLate(f"its time was over {-left:.0f} s before it could start; raise rounds.deadline, or have nodes free", "late")
+    return left if deadline is None else min(deadline, left)
 
 
 def _failure(error: SilotuneError | OSError) -> tuple[Status, str, str]:
@@ -131,19 +153,27 @@ def one_at_a_time(home: Path, pulse: Pulse | None = None) -> Iterator[None]:
 
 EXIT_CODES: dict[Status, int] = {"ok": 0, "failed": 1, "refused": 4, "late": 6}
 EXIT_CODES_BY_REASON = {"data or settings are wrong": 2, "store unreachable or full": 5, "disk full": 5}
+UNTIL = re.compile(r"until:(\d{1,12})")  # last of a Job's words, where its launcher says when its time is over
 TERMINATION_LOG = Path("/dev/termination-log")  # in a pod: what its status shows to those who may read pods
 
 
 def main(box: str, federation_file: str, silo_id: str, *arguments: str) -> int:
-    """As a Job: the status is all that stands on stdout, and the exit code says its kind, for a launcher that sees the Job's end only."""
+    """As a Job: the status is all that stands on stdout, and the exit code says its kind, for a launcher that sees the Job's end only.
+
+    Args:
+        arguments: the box's own, and after them, if it has one, ``until:<Unix time in seconds>``; see `supervise`.
+    """
     import signal
     import sys
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as a container's first process it would ignore the signal
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            turn = Turn.parse(arguments[0]) if box == "train" else None
-            status = supervise(box, federation_file, silo_id, *arguments, turn=turn)
+            *words, last = arguments or ("",)
+            until = UNTIL.fullmatch(last)
+            arguments = tuple(words) if until else arguments
+            turn = Turn.parse(arguments[0]) if box == "train" and arguments else None
+            status = supervise(box, federation_file, silo_id, *arguments, turn=turn, until=float(until[1]) if until else None)
     except SilotuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -100,10 +100,24 @@ def collate(shard: Shard, rows: list[list[int]], pad: int) -> Batch:
     return Batch(torch.from_numpy(ids), torch.from_numpy(targets), torch.from_numpy(positions), mask, int(targets.sum()))
 
 
-def batches(shard: Shard, indices: np.ndarray, parts: int, capacity: int, pad: int, packing: bool) -> Iterator[Batch]:
-    """The examples of one optimiser step as at most ``parts`` batches of about the same number of rows."""
-    placed = pack(shard.lengths(indices), capacity if packing else 0)
+def batches(
+    shard: Shard, indices: np.ndarray, parts: int, capacity: int, pad: int, packing: bool, share: tuple[int, int] = (0, 1)
+) -> Iterator[Batch]:
+    """The examples of one optimiser step as at most ``parts`` batches of about the same number of rows.
+
+    Args:
+        share: (rank, ranks): only the rows of one of so many processes, every ``ranks``-th from ``rank`` on, so that all have long and
+            short ones; none where there are fewer rows than ranks. The ``parts`` are divided among them: no batch has more rows than
+            with one process.
+    """
+    rank, ranks = share
+    placed = pack(shard.lengths(indices), capacity if packing else 0)[rank::ranks]
     rows = [[int(indices[i]) for i in row] for row in placed]
-    size = -(-len(rows) // parts)
+    size = max(1, -(-len(rows) // -(-parts // ranks)))
     for start in range(0, len(rows), size):
         yield collate(shard, rows[start : start + size], pad)
+
+
+def target_count(shard: Shard, indices: np.ndarray) -> int:
+    """Target tokens of some examples."""
+    return sum(int(shard.example(int(i))[1].sum()) for i in indices)

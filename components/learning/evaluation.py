@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from silotune.components.learning.batches import batches, stream
+from silotune.components.learning.ranks import ALONE, Ranks
 from silotune.components.learning.tokens import Shard
 from silotune.components.learning.training import target_logits
 
@@ -35,12 +36,20 @@ def chosen(shard: Shard, max_examples: int | None, *seed: object) -> np.ndarray:
 
 
 def evaluate(
-    model: Any, shard: Shard, indices: np.ndarray, batch_size: int, max_length: int, pad: int, on_batch: Callable[[], None] | None = None
+    model: Any,
+    shard: Shard,
+    indices: np.ndarray,
+    batch_size: int,
+    max_length: int,
+    pad: int,
+    on_batch: Callable[[], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Score:
     """Score a model on some examples of a shard; the loss of a broken one is not finite, which is for the caller to judge.
 
     Args:
         on_batch: called after each batch.
+        ranks: the processes that score the same model together, which take turns by batch; each gets the score of all.
     """
     import torch
     from accelerate import PartialState
@@ -51,7 +60,7 @@ def evaluate(
     # Examples of like length share a batch, so that little is padded.
     order = indices[np.argsort(shard.lengths(indices), kind="stable")]
     with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
+        for start in range(ranks.rank * batch_size, len(order), ranks.size * batch_size):
             for batch in batches(shard, order[start : start + batch_size], 1, max_length, pad, packing=True):
                 logits, wanted = target_logits(model, batch.to(device))
                 losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
@@ -60,4 +69,5 @@ def evaluate(
                 tokens += batch.tokens
                 if on_batch:
                     on_batch()
-    return Score(len(indices), tokens, loss_sum, correct)
+    loss_sum, all_tokens, all_correct = ranks.sums([loss_sum, tokens, correct])
+    return Score(len(indices), int(all_tokens), loss_sum, int(all_correct))
