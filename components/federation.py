@@ -18,23 +18,33 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from silotune.components import federation_file
 from silotune.components.errors import FederationError
-from silotune.components.federation_file import COORDINATOR, DURATION, KUBERNETES_NAME, PUBLIC_KEY, QUANTITY, STORE_ROOT, TRACKING_URI
+from silotune.components.federation_file import (
+    COORDINATOR,
+    DURATION,
+    HTTP_URL,
+    KUBERNETES_NAME,
+    PUBLIC_KEY,
+    QUANTITY,
+    STORE_ROOT,
+    TRACKING_URI,
+)
+from silotune.components.section import Fraction, Positive, Section, Share
+from silotune.components.strategies import Aggregation
 
 SILO_ID = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
 Duration = Annotated[str, Field(pattern=DURATION)]
 KubernetesName = Annotated[str, Field(pattern=KUBERNETES_NAME)]
+WORK_VARIABLE = "SILOTUNE_WORK"
 SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -54,12 +64,6 @@ def _listed(value: Any) -> Any:
     if not isinstance(value, list):
         raise ValueError("must be a key as `silotune keys new` prints it, or a list of {public, since, until}")
     return value
-
-
-class Section(BaseModel):
-    """One part of the file: frozen, strictly typed, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Lora(Section):
@@ -144,6 +148,14 @@ class SiloTraining(Section):
     gradient_checkpointing: bool | None = Field(None, description="Instead of `training.gradient_checkpointing`.")
 
 
+class SiloLora(Section):
+    """What of the adapters one silo may have differently from the others."""
+
+    r: Positive | None = Field(
+        None, description="Rank that this silo trains, at most `model.lora.r`; the scaling alpha / r stays the model's."
+    )
+
+
 class Toleration(Section):
     """A taint of nodes that the silo's pods may run on."""
 
@@ -181,7 +193,7 @@ class Placement(Section):
     node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes it may run on.")
     tolerations: list[Toleration] = Field(default_factory=list, description="Taints it puts up with.")
     affinity: dict[str, Any] = Field(default_factory=dict, description="A Kubernetes affinity, as in a pod.")
-    gpus: Annotated[int, Field(ge=0)] = Field(0, description="GPUs per pod.")
+    gpus: Annotated[int, Field(ge=0)] = Field(0, description="GPUs per pod; training uses all of them, the other boxes one.")
     gpu_type: str = Field("nvidia.com/gpu", description="Resource name of the GPUs.")
     cpu: str | None = Field(None, pattern=QUANTITY, description="CPUs, such as `4` or `500m`.")
     memory: str | None = Field(None, pattern=QUANTITY, description="Memory, such as `16Gi`; also the limit.")
@@ -191,8 +203,44 @@ class Placement(Section):
     claims: list[Claim] = Field(default_factory=list, description="Volumes: the silo's storage, its records, a cache of models.")
     secrets: list[SecretUse] = Field(default_factory=list, description="Secrets, as files or as environment variables.")
     config_map: KubernetesName | None = Field(None, description="ConfigMap whose key `federation.yaml` is the silo's copy of this file.")
-    trainer: Literal["job", "trainjob"] = Field("job", description="A Job, or a Kubeflow TrainJob for several nodes.")
-    nodes: Positive = Field(1, description="Pods that train together.")
+    trainer: Literal["job", "trainjob"] = Field("job", description="Training as a Job, or as a TrainJob of Kubeflow Trainer.")
+    nodes: Positive = Field(1, description="Pods that train together, in a storage that all of them can write.")
+
+
+class Coordinator(Section):
+    """What initialize, aggregate and export need from the cluster of the pipeline. Launchers, too, use its nodes and names."""
+
+    cpu: str = Field("1", pattern=QUANTITY, description="CPUs of a box, such as `4` or `500m`; also the limit.")
+    memory: str = Field(
+        "4Gi",
+        pattern=QUANTITY,
+        description="Memory of a box, such as `16Gi`; also the limit. initialize and export hold the base model, aggregate one tensor at a time.",
+    )
+    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes it may run on.")
+    tolerations: list[Toleration] = Field(default_factory=list, description="Taints it puts up with.")
+    claims: list[Claim] = Field(
+        default_factory=list, description="Volumes for initialize and export, such as one that holds `model.base` where it is a folder."
+    )
+    config_map: KubernetesName = Field(
+        "silotune-federation", description="ConfigMap whose key `federation.yaml` is the coordinator's copy of this file."
+    )
+    keys_secret: KubernetesName = Field("silotune-keys", description="Secret with `coordinator.pem`, the signing key; no launcher gets it.")
+    s3_secret: KubernetesName = Field("silotune-s3", description="Secret with `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`.")
+    mlflow_secret: KubernetesName = Field(
+        "silotune-mlflow", description="Secret with `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`, where the server asks."
+    )
+
+    kfp_api: str = Field(
+        "http://ml-pipeline.kubeflow.svc.cluster.local:8888",
+        pattern=HTTP_URL,
+        description="Kubeflow's API as pods reach it: the last run disables its schedule there.",
+    )
+
+    @model_validator(mode="after")
+    def _claims_for_writing(self) -> Coordinator:
+        if mounted := [c.claim for c in self.claims if c.read_only]:
+            raise ValueError(f"claims must not be read_only, which KFP 2.17 cannot do; leave it out for {', '.join(mounted)}")
+        return self
 
 
 class Silo(Section):
@@ -204,6 +252,7 @@ class Silo(Section):
     test: str | None = Field(None, description="Read by the evaluate box only.")
     storage: str = Field("", description="The silo's own folder: token shards, logs. Default `.silotune-private/<id>`.")
     training: SiloTraining = Field(default_factory=SiloTraining, description="Overrides for this silo.")
+    lora: SiloLora = Field(default_factory=SiloLora, description="Its own rank, for a silo with less memory or bandwidth.")
     placement: Placement = Field(default_factory=Placement, description="Kubernetes only: what its work needs from the cluster.")
 
 
@@ -272,15 +321,6 @@ class Rounds(Section):
     rollback: Rollback | None = Field(None, description="Leave a global behind that proves worse.")
     guards: Guards = Field(default_factory=Guards, description="Checks on every commit.")
     until: Until | None = Field(None, description="Stop early when converged.")
-
-
-class Aggregation(Section):
-    """How updates become the next global model."""
-
-    strategy: Literal["fedavg"] = Field("fedavg", description="FedAvg (McMahan et al. 2017, arXiv:1602.05629).")
-    weights: Literal["examples", "tokens"] = Field(
-        "examples", description="An update counts by the examples, or response tokens, it has seen."
-    )
 
 
 class Evaluation(Section):
@@ -378,6 +418,14 @@ class Federation(Section):
         None,
         description="Kubernetes only: image of the coordinator's boxes and of launchers, by digest: `registry/silotune-coordinator@sha256:…`.",
     )
+    model_image: str | None = Field(
+        None,
+        description="Kubernetes only: image of initialize and export, which need PyTorch, by digest: `registry/silotune-silo@sha256:…`; "
+        "default: `coordinator_image`.",
+    )
+    coordinator: Coordinator = Field(
+        default_factory=Coordinator, description="Kubernetes only: what the coordinator's own boxes need from the cluster."
+    )
     rounds: Rounds = Field(default_factory=Rounds)
     training: Training = Field(default_factory=Training)
     aggregation: Aggregation = Field(default_factory=Aggregation)
@@ -425,8 +473,11 @@ class Federation(Section):
 
     @property
     def work(self) -> Path:
-        """The coordinator's own folder on this machine: run logs, caches, by default also store and tracking."""
-        return self._file.parent / ".silotune"
+        """The coordinator's own folder on this machine: run logs, caches, by default also store and tracking.
+
+        Beside the federation file, or where SILOTUNE_WORK says: in a pod the file lies in a mounted ConfigMap, which nobody can write to.
+        """
+        return Path(os.environ.get(WORK_VARIABLE) or self._file.parent / ".silotune")
 
     @property
     def silo_ids(self) -> list[str]:
@@ -484,7 +535,7 @@ class Federation(Section):
             tokenizer=tokenizer,
             model=model,
             data=self.data.model_dump(exclude={"fields"}),
-            silos={s.id: {"training": s.training.model_dump(exclude_none=True)} for s in sorted(self.silos, key=lambda s: s.id)},
+            silos={s.id: _own_terms(s) for s in sorted(self.silos, key=lambda s: s.id)},
             training=self.training,
             aggregation=self.aggregation,
             evaluation=self.evaluation,
@@ -526,13 +577,27 @@ class Agreement(Section):
         """Training terms of one silo: the federation's with the silo's own overrides."""
         return self.training.model_copy(update=self.silos[silo_id]["training"])
 
+    def rank_of(self, silo_id: str) -> int:
+        """Rank of the adapters that one silo trains; 0 where all weights are trained."""
+        if self.model["method"] == "full":
+            return 0
+        return int(self.silos[silo_id].get("lora", {}).get("r", self.model["lora"]["r"]))
+
     def changes(self, new: Agreement) -> list[str]:
         """Paths of all terms in which ``new`` differs, such as ``training.learning_rate``."""
         return list(_differences(self.model_dump(), new.model_dump(), ""))
 
     def forbids(self, new: Agreement) -> list[str]:
-        """The changes among these that make a new federation rather than an amendment: base, tokenizer and model shape."""
-        return [c for c in self.changes(new) if c.split(".")[0] in ("federation", "base", "tokenizer", "model", "format")]
+        """The changes among these that make a new federation rather than an amendment: base, tokenizer and the global's tensors."""
+        fixed = {"federation", "base", "tokenizer", "model", "format"}
+        cored = {terms.aggregation.strategy == "fed-sb" for terms in (self, new)}  # only its globals hold cores, and all of them do
+        return [c for c in self.changes(new) if c.split(".")[0] in fixed or (c == "aggregation.strategy" and len(cored) > 1)]
+
+
+def _own_terms(silo: Silo) -> dict[str, Any]:
+    """What a silo does otherwise than the others, as far as it is agreed on."""
+    lora = silo.lora.model_dump(exclude_none=True)
+    return {"training": silo.training.model_dump(exclude_none=True)} | ({"lora": lora} if lora else {})
 
 
 def seconds(duration: str | None) -> float | None:

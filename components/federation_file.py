@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
+from silotune.components import strategies
 from silotune.components.errors import FederationError
 
 PATH_FIELDS = ("train", "valid", "test", "storage")
@@ -25,10 +26,12 @@ DURATION = r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|0+\.[0-9]*[1-9][0-9]*)(s|m|h)$"
 PUBLIC_KEY = r"^ed25519:[A-Za-z0-9+/]{43}=$"
 KUBERNETES_NAME = r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
+HTTP_URL = r"^https?://[^\s/@?#]+(/[^\s@?#]*)?$"
 PATTERNS = {
     KUBERNETES_NAME: "a Kubernetes name: lower-case letters, digits, inner dashes and dots",
     QUANTITY: "a Kubernetes quantity, such as 500m, 4 or 16Gi",
     r"^/": "an absolute path",
+    HTTP_URL: "an address of http:// or https://, without a user or a query",
     DURATION: "a number above 0 and s, m or h, such as 30m",
     PUBLIC_KEY: "ed25519: and 44 characters, as `silotune keys new` prints them",
 }
@@ -209,6 +212,7 @@ def contradictions(raw: dict[str, Any]) -> list[str]:
             first.setdefault(name, i)
         homes.setdefault(str(silo.get("storage")), i)
     problems += _key_contradictions(raw)
+    problems += strategies.conflicts(raw)
     rounds = raw.get("rounds")
     quorum, where = rounds.get("quorum") if isinstance(rounds, dict) else None, "rounds.quorum"
     if isinstance(quorum, dict):

@@ -78,19 +78,24 @@ def open_next(federation: Federation, rounds: Rounds, latest: Commit, agreement:
 
 
 def _plan(federation: Federation, rounds: Rounds, latest: Commit, agreement: Agreement, done: int) -> Plan:
+    from silotune.components.learning.exchange import update_schema
     from silotune.components.learning.schedule import decay
 
-    terms = agreement.training
+    terms, strategy, number = agreement.training, agreement.aggregation.traits, latest.round + 1
     cursors = cursors_after(rounds)
-    schema = schema_object(rounds, latest)
+    tensors = schema_object(rounds, latest)
+    shapes = rounds.json_object(tensors)
+    asked = {silo: update_schema(shapes, strategy, number, agreement.rank_of(silo)) for silo in sorted(agreement.silos)}
     return Plan(
-        round=latest.round + 1,
+        round=number,
         agreement=agreement.digest,
         base=agreement.base,
         incoming=latest.outgoing,
-        accepted=[(latest.round + 1, latest.outgoing)],
-        participants={s: Participant(tensors=schema, cursor=cursors.get(s, 0)) for s in sorted(agreement.silos)},
+        tensors=tensors,
+        accepted=[(number, latest.outgoing)],
+        participants={s: Participant(tensors=rounds.put_json_object(asked[s]), cursor=cursors.get(s, 0)) for s in asked},
         learning_rate=terms.learning_rate * decay(terms.round_schedule, done / federation.rounds.total),
+        server_state=latest.server_state if strategy.memory else {},
         code=version("silotune"),
     )
 
@@ -104,13 +109,13 @@ def cursors_after(rounds: Rounds) -> dict[str, int]:
 
 
 def schema_object(rounds: Rounds, latest: Commit) -> str:
-    """Digest of the object that lists a global's tensors and their shapes: those of the round before, and at first of the initial global.
+    """Digest of the object that lists what can be trained, by tensor name and shape: that of the initial global, as the round before had it.
 
     Raises:
         CorruptObject: the initial global is damaged.
     """
     if latest.round and (plan := rounds.plan(latest.round)):
-        return min(p.tensors for p in plan.participants.values())
+        return plan.tensors
     schema = {name: list(shape) for name, shape in rounds.tensor_shapes(latest.outgoing).items()}
     return rounds.put_json_object(schema)
 

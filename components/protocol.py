@@ -15,8 +15,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, ValidationError
 
 from silotune.components.errors import RefusedError
-from silotune.components.federation import Section, canonical_json
+from silotune.components.federation import canonical_json
 from silotune.components.federation_file import COORDINATOR
+from silotune.components.section import Section
 
 Status = Literal["ok", "failed", "refused", "late"]
 Split = Literal["valid", "test"]
@@ -64,7 +65,7 @@ class Record(Section):
 class Participant(Section):
     """What a plan asks of one silo."""
 
-    tensors: str = Field(description="Digest of the object that lists the exact tensors (name -> dtype, shape) of its update.")
+    tensors: str = Field(description="Digest of the object that lists the exact tensors (name -> shape) of its update.")
     cursor: int = Field(
         ge=0, description="Training examples this silo has consumed in committed rounds; its data stream goes on from here."
     )
@@ -77,9 +78,11 @@ class Plan(Record):
     agreement: str
     base: str = Field(description="Digest of the base model.")
     incoming: str = Field(description="Digest of the global model that training starts from.")
+    tensors: str = Field(description="Digest of the object that lists what silos may train: tensor name -> shape in the global.")
     accepted: list[tuple[int, str]] = Field(description="Pairs (round, global) that an update may answer.")
     participants: dict[str, Participant]
     learning_rate: float
+    server_state: dict[str, str] = Field(default_factory=dict, description="Of the commit before: what some strategies' silos need of it.")
     code: str = Field(description="Version of silotune that opened the round.")
     image: str | None = None
 
@@ -127,6 +130,7 @@ class UpdateManifest(OfSilo):
     plan: str
     incoming: str
     object: str = Field(description="SHA-256 of the update file.")
+    header: str = Field(description="SHA-256 of the file up to its tensors, whose own digests it holds.")
     bytes: int
     examples: int = Field(ge=1)
     tokens: int = Field(ge=1)
@@ -154,12 +158,25 @@ class Contribution(Section):
     manifest: str
     object: str
     bytes: int
-    weight: float = Field(gt=0)
+    weight: float = Field(ge=0, description="Share of the step; 0 of a silo that a robust rule has left out.")
     examples: int
     tokens: int
     steps: int
     cursor: int
     norm: float
+    score: float | None = Field(None, description="What a robust rule judged it by.")
+    told: str = Field("", description="Why it was left out or scaled down.")
+
+
+class Spectrum(Section):
+    """What the mean products of all adapted modules look like together."""
+
+    residual: float = Field(description="Share of their energy that the global's rank does not hold.")
+    effective_rank: float = Field(description="Mean over modules.")
+    least_effective_rank: float
+    values: list[float] = Field(
+        description="Singular values, each module's scaled to 1 in energy, their mean over modules; as many as the rank."
+    )
 
 
 class Commit(Record):
@@ -180,7 +197,8 @@ class Commit(Record):
     best: int = Field(description="The round with the lowest pooled validation loss, among those judged by now.")
     learning_rate: float = Field(0.0, description="Peak rate that the updates were trained with.")
     guards: dict[str, float] = Field(default_factory=dict, description="What was checked before it was written, with the values found.")
-    server_state: str | None = None
+    server_state: dict[str, str] = Field(default_factory=dict, description="What aggregation carries on: name -> digest of the object.")
+    spectrum: Spectrum | None = Field(None, description="Of the mean of LoRA's products, where the strategy makes it.")
     converged: bool = False
     bytes_up: int = 0
     bytes_down: int = 0

@@ -58,6 +58,7 @@ from silotune.components.protocol import (
     TrackingRun,
     UpdateManifest,
 )  # fmt: skip
+from silotune.components.store_blob import StoreBlob
 
 R = TypeVar("R", bound=Record)
 
@@ -138,6 +139,10 @@ class Rounds:
                 return path
             path.unlink()
         raise CorruptObject(key, got)
+
+    def object_blob(self, digest: str, silo: str | None = None) -> StoreBlob:
+        """An object that is to be read in ranges, of which nobody has compared the digest yet. Raises ObjectMissing."""
+        return StoreBlob(self.store, self.object_key(digest, silo), self.object_size(digest, silo))
 
     def object_size(self, digest: str, silo: str | None = None) -> int:
         size = self.store.size(self.object_key(digest, silo))

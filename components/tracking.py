@@ -67,9 +67,13 @@ def record_export(federation: Federation, rounds: Rounds, exported: Exported, *,
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         versions = client.search_model_versions(f"name = '{federation.name}'")
-        if not any(v.tags.get("commit") == exported.commit for v in versions):
-            client.create_model_version(federation.name, source=Path(exported.location).as_uri() if exported.location.startswith("/")
-                                        else exported.location, run_id=run, tags=tags)  # fmt: skip
+        local = exported.location.startswith("/")
+        # A server refuses a folder of this machine as a source, which it could not read; the run's tag names it all the same.
+        if not (local and federation.tracking.uri.startswith("http")) and not any(
+            v.tags.get("commit") == exported.commit for v in versions
+        ):
+            source = Path(exported.location).as_uri() if local else exported.location
+            client.create_model_version(federation.name, source=source, run_id=run, tags=tags)
         if finished:
             client.set_terminated(run)
 
@@ -82,12 +86,23 @@ def metrics(rounds: Rounds, *, complete: bool) -> Iterator[tuple[Point, tuple[fl
     commits = list(rounds.commits())
     for i, commit in enumerate(commits):
         at = int(commit.at * 1000)
-        values = dict(_costs(commit))
+        values = dict(_costs(commit)) | dict(_spectrum(commit))
         if commit.made_global:
             if complete or any(c.counts for c in commits[i + 1 :]):
                 values |= dict(_validation(rounds, commit))
             values |= dict(_test(rounds, commit))
         yield from (((name, commit.round), (value, at)) for name, value in values.items())
+
+
+def _spectrum(commit: Commit) -> Iterator[tuple[str, float]]:
+    """What rank the mean of LoRA's products has, and what of it the global's rank cannot hold."""
+    if (spectrum := commit.spectrum) is None:
+        return
+    yield "aggregate/residual", spectrum.residual
+    yield "aggregate/effective_rank", spectrum.effective_rank
+    yield "aggregate/least_effective_rank", spectrum.least_effective_rank
+    for i, value in enumerate(spectrum.values, 1):
+        yield f"aggregate/singular_value/{i:02d}", value
 
 
 def _costs(commit: Commit) -> Iterator[tuple[str, float]]:

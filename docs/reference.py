@@ -70,6 +70,7 @@ NOTES = {
     "name": "Another name is another federation, which begins anew.",
     "model.base": "The path is free, its contents are not: other weights or another tokenizer make a new federation.",
     "silos.id": "A silo joins or leaves.",
+    "aggregation.strategy": "To or from `fed-sb`: a new federation.",
     "storage.root": "Copy what is there along; an empty store is a federation that begins anew.",
     "export.merge": "No effect with `method: full`.",
     "security.keys": "Rotating a key, too, is an amendment.",
@@ -205,6 +206,8 @@ def edit(path: str) -> str:
             "name": "sample",
             "model": {"base": "org/base"},
             "silos": [{"id": "north", "train": "/north", "placement": placement}],
+            "aggregation": {"clip": {}, "robust": {"rule": "median"}},
+            "coordinator": {key: placement[key] for key in ("tolerations", "claims")},
             "rounds": {"until": {}, "quorum": 1, "rollback": {"max_loss_increase": 1.0}},
             "security": {"keys": {"coordinator": KEY, "north": [{"public": KEY, "until": 9}]}},
         }

@@ -12,15 +12,18 @@ import math
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from silotune.components import audit, child, opening, tracking
+from silotune.components.aggregate import carried
+from silotune.components.aggregate.delivery import expectation, fetch_whole, open_delivery, silo_of
 from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.federation import Agreement, Federation
-from silotune.components.keys import verify
-from silotune.components.learning.aggregation import Mean, norm_outliers, weigh, weighted_mean
+from silotune.components.learning.aggregation.combination import OUTGOING, Combined, combine
+from silotune.components.learning.aggregation.guards import norm_outliers
 from silotune.components.learning.tensor_file import open_tensor_file
-from silotune.components.learning.update import Expectation, Update, UpdateRefused, open_update
+from silotune.components.learning.update import Expectation, Update, UpdateRefused
 from silotune.components.object_store import ObjectMissing
 from silotune.components.progress import tell
 from silotune.components.protocol import Commit, Contribution, Plan, Turn, UpdateManifest
@@ -28,6 +31,7 @@ from silotune.components.rounds import CorruptObject, Rounds, file_digest
 from silotune.components.silo_job import parse_status
 
 RECENT = 5  # rounds whose norms say what is usual
+OPENERS = 8  # updates whose headers are read at once
 
 
 def run(federation: str, turn: str, statuses: list[str]) -> str:
@@ -114,38 +118,48 @@ def _aggregated(
     missing = _absent(rounds, plan, manifests, turn, statuses) | {
         silo: "refused: its manifest is not the silo's" for silo in disbelieved if silo in plan.participants
     }
+    federation.work.mkdir(parents=True, exist_ok=True)  # in a pod of its own nobody was here before
     with tempfile.TemporaryDirectory(dir=federation.work) as folder:
         incoming = fetch_global(rounds, latest, Path(folder) / "incoming.safetensors")
         accepted: dict[str, Update] = {}
         # Outside of what a silo answers for: where the plan's own list of tensors is damaged, no update is refused for it.
         expected = {silo: expectation(rounds, plan, agreement, silo) for silo in sorted(manifests) if silo in plan.participants}
-        for silo, manifest in sorted(manifests.items()):
-            try:
-                accepted[silo] = _fetch(rounds, expected.get(silo), silo, manifest, Path(folder))
-            except (RefusedError, ObjectMissing) as error:
-                missing[silo] = _refuse(rounds, manifest, error)
+        with ThreadPoolExecutor(OPENERS) as pool:
+            opened = pool.map(lambda s: _opened(rounds, expected.get(s), manifests[s], Path(folder)), sorted(manifests))
+            for silo, found in zip(sorted(manifests), opened, strict=True):
+                if isinstance(found, Update):
+                    accepted[silo] = found
+                else:
+                    missing[silo] = _refuse(rounds, manifests[silo], found)
         for silo, rule in _norm_outliers(federation, rounds, latest, plan, accepted).items():
             missing[silo] = _refuse(rounds, manifests[silo], UpdateRefused(silo, rule, "look into its records and learning rate"))
             del accepted[silo]
-        out = Path(folder) / "outgoing.safetensors"
+        given = carried.round_of(rounds, latest, plan, agreement, open_tensor_file(incoming), Path(folder))
         while True:
             share = opening.share_trained(plan, agreement, {silo: u.header.examples for silo, u in accepted.items()})
             if federation.rounds.on_missing_quorum == "skip" and not opening.has_quorum(federation, sorted(accepted), share):
                 tell("aggregate", "warned", detail=f"round {turn.round} is skipped: too few silos delivered")
                 return opening.without_result("skipped", federation, latest, plan, agreement, turn.attempt, missing)
             opening.require_quorum(federation, f"round {turn.round} stays open", sorted(accepted), missing, share)
-            weights = weigh(accepted, agreement.aggregation.weights)
             try:
-                mean = weighted_mean(open_tensor_file(incoming), accepted, weights, out)
+                made = combine(given, accepted, Path(folder))
                 break
-            except UpdateRefused as error:  # found late: start over without that silo
-                del accepted[error.silo]
-                missing[error.silo] = _refuse(rounds, manifests[error.silo], error)
-        outgoing = rounds.put_object(out)
+            except (UpdateRefused, ObjectMissing) as error:  # found late: start over with a whole copy, or without that silo
+                silo = silo_of(error, accepted)
+                try:
+                    accepted[silo] = fetch_whole(rounds, expected[silo], manifests[silo].object, Path(folder), accepted[silo], error)
+                except (RefusedError, ObjectMissing) as final:
+                    del accepted[silo]
+                    missing[silo] = _refuse(rounds, manifests[silo], final)
+        outgoing = rounds.put_object(Path(folder) / OUTGOING)
+        server_state = carried.put(rounds, made)
+    for silo, why in made.told.items():
+        tell("aggregate", "warned", silo, detail=f"round {turn.round}: {why}")
     contributions = {
         silo: Contribution(
-            manifest=(m := manifests[silo]).digest, object=m.object, bytes=m.bytes, weight=weights[silo], examples=u.header.examples,
-            tokens=u.header.tokens, steps=u.header.steps, cursor=u.header.cursor, norm=mean.norms[silo],
+            manifest=(m := manifests[silo]).digest, object=m.object, bytes=m.bytes, weight=made.weights[silo], examples=u.header.examples,
+            tokens=u.header.tokens, steps=u.header.steps, cursor=u.header.cursor, norm=made.norms[silo],
+            score=made.scores.get(silo), told=made.told.get(silo, ""),
         )
         for silo, u in accepted.items()
     }  # fmt: skip
@@ -166,7 +180,9 @@ def _aggregated(
         outgoing=outgoing,
         best=latest.round if best is None else best,
         learning_rate=plan.learning_rate,
-        guards=_guards(plan, outgoing, contributions, mean),
+        guards=_guards(plan, outgoing, contributions, made),
+        server_state=server_state,
+        spectrum=carried.spectrum_of(made),
         converged=bool(until and opening.has_converged(scores, until)),
         bytes_up=sum(c.bytes for c in contributions.values()),
         bytes_down=len(contributions) * rounds.object_size(plan.incoming),
@@ -189,28 +205,14 @@ def _absent(rounds: Rounds, plan: Plan, manifests: dict[str, UpdateManifest], tu
     return {silo: known.get(silo, "failed: no report came") for silo in plan.participants if silo not in manifests}
 
 
-def _fetch(rounds: Rounds, expected: Expectation | None, silo: str, manifest: UpdateManifest, folder: Path) -> Update:
-    """Fetch and accept one update. Raises RefusedError or ObjectMissing."""
-    if expected is None:
-        raise UpdateRefused(silo, "it was not asked", "wait for a plan that names it")
-    if rounds.object_size(manifest.object, silo) > expected.most_bytes:
-        raise UpdateRefused(
-            silo, f"its object is larger than the {expected.most_bytes} bytes that its tensors can take", "send the plan's tensors only"
-        )
-    return open_update(rounds.fetch_object(manifest.object, folder / f"{silo}.safetensors", silo), expected)
-
-
-def expectation(rounds: Rounds, plan: Plan, agreement: Agreement, silo: str) -> Expectation:
-    """What a silo's update must be to answer a plan."""
-    participant = plan.participants[silo]
-    keys, terms = agreement.keys.get(silo, []), agreement.training_of(silo)
-    examples = terms.steps * terms.batch_size
-    return Expectation(
-        federation=rounds.federation, agreement=plan.agreement, plan=plan.digest, base=plan.base, accepted=tuple(plan.accepted), silo=silo,
-        cursor=participant.cursor, codec=agreement.communication.codec, schema=rounds.json_object(participant.tensors),
-        most_steps=terms.steps, most_examples=examples, most_tokens=examples * agreement.data["max_length"],
-        verify=None if agreement.custody == "none" else lambda message, signature: verify(keys, plan.round, message, signature),
-    )  # fmt: skip
+def _opened(rounds: Rounds, expected: Expectation | None, manifest: UpdateManifest, folder: Path) -> Update | RefusedError | ObjectMissing:
+    """One update, or why there is none."""
+    try:
+        if expected is None:
+            raise UpdateRefused(manifest.silo, "it was not asked", "wait for a plan that names it")
+        return open_delivery(rounds, expected, manifest.object, folder, manifest.header)
+    except (RefusedError, ObjectMissing) as error:
+        return error
 
 
 def _refuse(rounds: Rounds, manifest: UpdateManifest, error: SilotuneError) -> str:
@@ -233,7 +235,7 @@ def _norm_outliers(federation: Federation, rounds: Rounds, latest: Commit, plan:
     return norm_outliers({silo: u.header.norm / plan.learning_rate for silo, u in accepted.items()}, usual, band)
 
 
-def _guards(plan: Plan, outgoing: str, contributions: dict[str, Contribution], mean: Mean) -> dict[str, float]:
+def _guards(plan: Plan, outgoing: str, contributions: dict[str, Contribution], made: Combined) -> dict[str, float]:
     """What was checked, with the values found.
 
     Raises:
@@ -244,7 +246,7 @@ def _guards(plan: Plan, outgoing: str, contributions: dict[str, Contribution], m
     problem = ""
     if not (math.isfinite(weight) and weight > 0):
         problem = f"the updates' total weight is {weight}, must be positive"
-    elif outgoing == plan.incoming or not mean.change > 0:
+    elif outgoing == plan.incoming or not made.change > 0:
         problem = "the updates leave the global as it was; raise training.learning_rate"
     elif standing:
         problem = f"the data cursor of {', '.join(standing)} has not moved on"
@@ -253,9 +255,9 @@ def _guards(plan: Plan, outgoing: str, contributions: dict[str, Contribution], m
     return {
         "weight": weight,
         "examples": float(sum(c.examples for c in contributions.values())),
-        "change": mean.change,
-        "least norm": min(mean.norms.values()),
-        "greatest norm": max(mean.norms.values()),
+        "change": made.change,
+        "least norm": min(made.norms.values()),
+        "greatest norm": max(made.norms.values()),
     }
 
 
@@ -289,16 +291,25 @@ def rebuild(rounds: Rounds, commit: Commit, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         folder = Path(name)
         incoming = fetch_global(rounds, before, folder / "incoming.safetensors")
-        updates = {}
-        for silo in maker.contributions:
-            try:
-                file = rounds.fetch_object(maker.contributions[silo].object, folder / f"{silo}.safetensors", silo)
-                updates[silo] = open_update(file, expectation(rounds, plan, agreement, silo))
-            except (RefusedError, ObjectMissing) as error:
-                raise RefusedError(
-                    f"{lost}, and so is the update of {silo}: {error}; restore one from a backup", "object corrupt"
-                ) from None
-        weighted_mean(open_tensor_file(incoming), updates, {s: c.weight for s, c in maker.contributions.items()}, path)
+        updates: dict[str, Update] = {}
+        silo, failed = "", None  # what was found late, and of whose update
+        try:
+            for silo, part in maker.contributions.items():
+                updates[silo] = open_delivery(rounds, expectation(rounds, plan, agreement, silo), part.object, folder)
+            while True:
+                if failed:
+                    silo = silo_of(failed, updates)
+                    expected, part = expectation(rounds, plan, agreement, silo), maker.contributions[silo]
+                    updates[silo] = fetch_whole(rounds, expected, part.object, folder, updates[silo], failed)
+                try:
+                    combine(carried.round_of(rounds, before, plan, agreement, open_tensor_file(incoming), folder), updates, folder)
+                    (folder / OUTGOING).replace(path)
+                    break
+                except (UpdateRefused, ObjectMissing) as error:
+                    failed = error
+        except (RefusedError, ObjectMissing) as error:
+            rule = f"{lost}, and so is the update of {silo}: {error}; restore one from a backup"
+            raise RefusedError(rule, "object corrupt") from None
     if (got := file_digest(path)) != commit.outgoing:
         raise RefusedError(f"{lost}; made again it has the digest {got[:12]}…; restore it from a backup", "object corrupt")
     rounds.store.delete(rounds.object_key(commit.outgoing))  # what is there, is not written

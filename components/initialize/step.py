@@ -77,8 +77,8 @@ def _initial(rounds: Rounds, base: base_model.Base, agreement: Agreement, federa
 
     began = time.time()
     models.load_tokenizer(base.folder)
-    model = models.load_trainable(base.folder, agreement.model, seed_of(agreement.federation, agreement.training.seed, "initial"))
-    state = models.trainable_state(model)
+    seed = seed_of(agreement.federation, agreement.training.seed, "initial")
+    state = models.initial_state(base.folder, agreement.model, seed, cores=agreement.aggregation.traits.sends == "core")
     with tempfile.TemporaryDirectory(dir=_made(federation.work)) as folder:
         path = Path(folder) / "initial.safetensors"
         encoded = ((name, to_bytes(array, "F32")) for name, array in state.items())

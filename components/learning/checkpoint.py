@@ -13,6 +13,9 @@ disturbed. So the file holds all that the next step depends on: the trainable we
 There is one file per training. Each checkpoint replaces the last by renaming, after all of it is on disk, so that for a moment there must
 be room for two; what a killed process leaves half written lies in one folder beside it, which the next load or save removes.
 
+Where several processes train together, rank 0 writes the file, and reads it for all. A training may go on with another number of processes; its
+bytes are promised to be the same only for the same number.
+
 A file that is damaged, of another training, or does not fit the model is as good as none: the training starts over.
 """
 
@@ -125,12 +128,13 @@ def load(checkpoint: Checkpoint) -> tuple[Seen, Tensors] | None:
     return None
 
 
-def capture(named: Mapping[str, Any], optimizer: Any, device: Any) -> Tensors:
-    """All tensors that the next step depends on.
+def capture(named: Mapping[str, Any], optimizer: Any, device: Any, sums: Mapping[str, Any]) -> Tensors:
+    """All tensors that the next step, or the end, depends on.
 
     Args:
         named: trainable parameters by name.
         device: where the model lies; its random numbers are kept besides the CPU's.
+        sums: what is added up over the steps, by parameter's name.
     """
     import torch
 
@@ -138,16 +142,18 @@ def capture(named: Mapping[str, Any], optimizer: Any, device: Any) -> Tensors:
     for name, parameter in named.items():
         state = optimizer.state.get(parameter, {})  # empty for a parameter that the loss does not depend on
         found |= {f"optimizer/{key}/{name}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    found |= {f"sum/{name}": total for name, total in sums.items()}
     found |= {f"random/{kind}": source.get_rng_state() for kind, source in _generators(device).items()}
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in found.items()}
 
 
-def restore(tensors: Tensors, named: Mapping[str, Any], optimizer: Any, device: Any) -> bool:
+def restore(tensors: Tensors, named: Mapping[str, Any], optimizer: Any, device: Any, sums: Mapping[str, Any]) -> bool:
     """Put captured tensors back. False, and nothing is changed, where they do not fit the model or this machine's random numbers."""
     import torch
 
     generators = _generators(device)
     wanted = {f"weight/{name}": parameter for name, parameter in named.items()}
+    wanted |= {f"sum/{name}": total for name, total in sums.items()}
     wanted |= {f"random/{kind}": source.get_rng_state() for kind, source in generators.items()}
     states: dict[str, Tensors] = {}
     for name in tensors.keys() - wanted.keys():
@@ -161,6 +167,8 @@ def restore(tensors: Tensors, named: Mapping[str, Any], optimizer: Any, device: 
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[f"weight/{name}"])
+        for name, total in sums.items():
+            total.copy_(tensors[f"sum/{name}"])
     numbered = {i: states[name] for i, name in enumerate(named) if name in states}
     optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
     for kind, source in generators.items():

@@ -7,7 +7,7 @@ model's parameters, so that a global model is a loadable adapter and needs no tr
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -92,18 +92,54 @@ def load_trainable(folder: Path, model_terms: dict[str, Any], seed: int) -> Any:
     return make_trainable(load_base(folder, dtype), model_terms, seed)
 
 
-def load_with_state(folder: Path, model_terms: dict[str, Any], state: dict[str, np.ndarray]) -> Any:
-    """A trainable model whose trained tensors are ``state``; within `kept`, the one of the last call with new tensors put in."""
-    cache = _kept.get()
-    key = f"{folder}|{model_terms}"
+def load_with_state(folder: Path, model_terms: dict[str, Any], state: dict[str, np.ndarray], trained: Collection[str] | None = None) -> Any:
+    """The model that a global stands for; within `kept`, the one of the last call with new tensors put in, where that can be.
+
+    Args:
+        state: the global's tensors, or what of them a silo's rank can hold; the rank follows from it, the scaling alpha / r from the terms.
+        trained: names of the tensors to train, the others are frozen; default: all.
+    """
+    from silotune.components.learning import adapters
+
+    cores = any(name.endswith(adapters.CORE) for name in state)
+    if cores and trained is None:
+        state, cores = adapters.without_cores(state), False
+    deltas = any(name.endswith(adapters.DELTA) for name in state)
+    cache = None if cores or deltas else _kept.get()  # these change the model itself
+    key = f"{folder}|{model_terms}|{adapters.rank_of(state)}"
     model = cache.get(key) if cache is not None else None
     if model is None:
-        model = load_trainable(folder, model_terms, seed=0)  # every new weight is overwritten just below
+        model = load_trainable(folder, _of_rank(model_terms, adapters.rank_of(state)), seed=0)  # new weights are overwritten just below
+        if cores:
+            adapters.insert_cores(model)
+        adapters.add_deltas(model, state)
     if cache is not None:
         cache.clear()
         cache[key] = model
-    load_state(model, state)
+    load_state(model, {name: array for name, array in state.items() if not name.endswith(adapters.DELTA)})
+    for name, tensor in _parameters(model).items():
+        tensor.requires_grad_(trained is None or name in trained)
     return model
+
+
+def _of_rank(model_terms: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The terms of a silo of that rank: alpha follows, so that alpha / r stays what it is."""
+    if model_terms["method"] == "full":
+        return model_terms
+    lora = model_terms["lora"]
+    return model_terms | {"lora": lora | {"r": rank, "alpha": lora["alpha"] * rank / lora["r"]}}
+
+
+def initial_state(folder: Path, model_terms: dict[str, Any], seed: int, *, cores: bool = False) -> dict[str, np.ndarray]:
+    """The first global: LoRA's factors by seed, as peft begins them, or the weights of the base as they are.
+
+    Args:
+        cores: with a core in every adapter (see `aggregation.core`).
+    """
+    from silotune.components.learning import adapters
+
+    model = load_trainable(folder, model_terms, seed)
+    return adapters.with_cores(model) if cores else trainable_state(model)
 
 
 @contextmanager
@@ -166,14 +202,14 @@ def trainable_state(model: Any) -> dict[str, np.ndarray]:
     """Copies of the trainable tensors as float32 arrays on the CPU, by name in sorted order."""
     import torch
 
-    return {name: tensor.detach().to("cpu", torch.float32).numpy().copy() for name, tensor in sorted(_trainable(model).items())}
+    return {name: tensor.detach().to("cpu", torch.float32).numpy().copy() for name, tensor in sorted(trainable(model).items())}
 
 
 def load_state(model: Any, state: dict[str, np.ndarray]) -> None:
     """Put a trainable state into a model. Raises ValueError where names or shapes differ."""
     import torch
 
-    own = _trainable(model)
+    own = _parameters(model)
     if own.keys() != state.keys():
         odd = sorted(own.keys() ^ state.keys())
         raise ValueError(f"the state and the model differ in {len(odd)} tensor names, such as {odd[0]!r}")
@@ -196,7 +232,13 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _trainable(model: Any) -> dict[str, torch.Tensor]:
+def trainable(model: Any) -> dict[str, torch.Tensor]:
     """The trainable parameters themselves (not copies), under the names they travel by."""
-    adapter = ".default."  # peft's name for the only adapter; its own files leave it out, too
-    return {n.replace(adapter, "."): p for n, p in model.named_parameters() if p.requires_grad}
+    return {name: tensor for name, tensor in _parameters(model).items() if tensor.requires_grad}
+
+
+def _parameters(model: Any) -> dict[str, torch.Tensor]:
+    """The parameters that a global sets, under the names they travel by: the adapters', else all."""
+    from silotune.components.learning import adapters
+
+    return adapters.named_tensors(model) or dict(model.named_parameters())

@@ -9,21 +9,28 @@ Any safetensors reader opens these files. This one is stricter than the format, 
 without holes or overlaps, sizes that follow from the shapes, a header within a limit, a file of exactly the length that the header says, and
 a header that is byte for byte what `header_text` makes of its content: the same content never stands in two different files. Nothing is
 allocated on a header's word before all this holds. Only numpy is needed, so that the aggregator runs without torch.
+
+A file is read from a local path or from any `Blob`: its header first, then tensors, or parts of them, as they are asked for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from silotune.components.learning.blob import Blob, FileBlob
+
 HEADER_LIMIT = 64 << 20  # bytes
+FIRST = 1 << 16  # bytes of the first read: most headers are whole in it, and a store is asked once
 WIDTH = {"F32": 4, "BF16": 2}
 
 
@@ -43,19 +50,26 @@ class Entry:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An open file's header; tensors are read one at a time."""
+    """An open file's header; tensors are read one at a time, or in parts."""
 
-    path: Path
+    blob: Blob
     metadata: Mapping[str, str]
     entries: Mapping[str, Entry]
+    header_digest: str  # SHA-256, in hexadecimal, of all that stands before the tensors
 
     def raw(self, name: str) -> bytes:
         """The bytes of a tensor as they stand in the file."""
         entry = self.entries[name]
-        with self.path.open("rb") as file:
-            file.seek(entry.start)
-            data = file.read(entry.end - entry.start)
-        if len(data) != entry.end - entry.start:
+        return bytes(self.span(name, entry.start, entry.end))
+
+    def span(self, name: str, start: int, end: int) -> bytes | memoryview:
+        """Bytes of the file from ``start`` to before ``end``.
+
+        Args:
+            name: the tensor that is told where the file ends before.
+        """
+        data = self.blob.read(start, end)
+        if len(data) != end - start:
             raise MalformedFile(f"tensor {name!r}: the file ends inside it")
         return data
 
@@ -63,6 +77,12 @@ class TensorFile:
         """One tensor as float32."""
         entry = self.entries[name]
         return from_bytes(self.raw(name), entry.dtype).reshape(entry.shape)
+
+    def part(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The numbers of a tensor from index ``start`` to before ``stop`` of its flat form, as float32."""
+        entry = self.entries[name]
+        width = WIDTH[entry.dtype]
+        return from_bytes(self.span(name, entry.start + start * width, entry.start + stop * width), entry.dtype)
 
     def read_all(self) -> dict[str, np.ndarray]:
         return {name: self.read(name) for name in self.entries}
@@ -80,7 +100,7 @@ def to_bytes(array: np.ndarray, dtype: str) -> bytes:
     return rounded.astype("<u2").tobytes()
 
 
-def from_bytes(data: bytes, dtype: str) -> np.ndarray:
+def from_bytes(data: bytes | memoryview, dtype: str) -> np.ndarray:
     """The float32 array of such bytes, flat."""
     if dtype == "F32":
         return np.frombuffer(data, "<f4").astype(np.float32, copy=False)
@@ -99,32 +119,57 @@ def header_text(shapes: Mapping[str, Sequence[int]], dtype: str, metadata: Mappi
     return text + b" " * (-len(text) % 8)  # tensors start at a multiple of 8, for memory maps
 
 
-def write_tensor_file(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[tuple[str, bytes]], metadata: Mapping[str, str]
-) -> None:
-    """Write a file in one go; it appears under its name when it is complete.
+class TensorWriter:
+    """Fills in the tensors of a file whose header stands; each from its first number to its last, several at the same time if need be."""
+
+    def __init__(self, file: BinaryIO, shapes: Mapping[str, Sequence[int]], dtype: str, metadata: Mapping[str, str]) -> None:
+        text = header_text(shapes, dtype, metadata)
+        file.write(len(text).to_bytes(8, "little") + text)
+        self._file = file
+        self._next, self._end = {}, {}
+        at = 8 + len(text)
+        for name in sorted(shapes):
+            self._next[name] = at
+            at += math.prod(shapes[name]) * WIDTH[dtype]
+            self._end[name] = at
+
+    def write(self, name: str, data: bytes | np.ndarray) -> None:
+        """The next numbers of a tensor, as the bytes that are to stand in the file. Raises ValueError where they are more than it has."""
+        view = data if isinstance(data, bytes) else np.ascontiguousarray(data).data
+        at = self._next[name]
+        end = at + (len(data) if isinstance(data, bytes) else data.nbytes)
+        if end > self._end[name]:
+            raise ValueError(f"tensor {name!r}: {end - self._end[name]} bytes more than were announced")
+        if self._file.tell() != at:
+            self._file.seek(at)
+        self._file.write(view)
+        self._next[name] = end
+
+    def check(self) -> None:
+        """Raises ValueError where a tensor is not complete."""
+        for name, at in self._next.items():
+            if at != self._end[name]:
+                raise ValueError(f"tensor {name!r}: was announced and not written to its end")
+
+
+@contextmanager
+def tensor_writer(path: Path, shapes: Mapping[str, Sequence[int]], dtype: str, metadata: Mapping[str, str]) -> Iterator[TensorWriter]:
+    """Write a file in one go, its tensors in any order; it appears under its name, on disk, when it is complete, or not at all.
 
     Args:
         shapes: of all tensors.
         dtype: of all tensors, ``F32`` or ``BF16``.
-        tensors: (name, bytes) in sorted order of names; may be produced on the way.
         metadata: text by text.
 
     Raises:
-        ValueError: tensors and shapes do not match.
+        ValueError: at the end, a tensor is not complete.
     """
-    text = header_text(shapes, dtype, metadata)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with scratch.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            expected = iter(sorted(shapes))
-            for name, data in tensors:
-                if name != next(expected, None) or len(data) != math.prod(shapes[name]) * WIDTH[dtype]:
-                    raise ValueError(f"tensor {name!r}: is not the next one, or not of the size that was announced")
-                file.write(data)
-            if (missing := next(expected, None)) is not None:
-                raise ValueError(f"tensor {missing!r}: was announced and not written")
+            writer = TensorWriter(file, shapes, dtype, metadata)
+            yield writer
+            writer.check()
             file.flush()
             os.fsync(file.fileno())
         scratch.replace(path)
@@ -132,24 +177,51 @@ def write_tensor_file(
         scratch.unlink(missing_ok=True)
 
 
-def open_tensor_file(path: Path, header_limit: int = HEADER_LIMIT) -> TensorFile:
+def write_tensor_file(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, tensors: Iterable[tuple[str, bytes]], metadata: Mapping[str, str]
+) -> None:
+    """As `tensor_writer`, of whole tensors.
+
+    Args:
+        tensors: (name, bytes) in sorted order of names; may be produced on the way.
+
+    Raises:
+        ValueError: tensors and shapes do not match.
+    """
+    with tensor_writer(path, shapes, dtype, metadata) as writer:
+        expected = iter(sorted(shapes))
+        for name, data in tensors:
+            if name != next(expected, None) or len(data) != math.prod(shapes[name]) * WIDTH[dtype]:
+                raise ValueError(f"tensor {name!r}: is not the next one, or not of the size that was announced")
+            writer.write(name, data)
+        if (missing := next(expected, None)) is not None:
+            raise ValueError(f"tensor {missing!r}: was announced and not written")
+
+
+def open_tensor_file(source: Path | Blob, header_limit: int = HEADER_LIMIT) -> TensorFile:
     """Read and check a header.
 
     Args:
+        source: a local file, or any bytes that can be read in ranges.
         header_limit: bytes; a longer header is refused unread.
 
     Raises:
         MalformedFile: a rule of the format is broken.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > size - 8:
-            raise MalformedFile(f"the file of {size} bytes is too short for its header")
-        if length > header_limit:
-            raise MalformedFile(f"the header of {length} bytes is over the limit of {header_limit}")
-        text = file.read(length)
+    blob = FileBlob(source) if isinstance(source, Path) else source
+    size = blob.size
+    data = bytes(blob.read(0, min(size, FIRST, 8 + header_limit)))
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > size - 8:
+        raise MalformedFile(f"the file of {size} bytes is too short for its header")
+    if length > header_limit:
+        raise MalformedFile(f"the header of {length} bytes is over the limit of {header_limit}")
+    if 8 + length > len(data):
+        data += blob.read(len(data), 8 + length)
+    data = data[: 8 + length]
+    if len(data) < 8 + length:
+        raise MalformedFile("the file ends inside its header")
+    text = data[8:]
     if not text.startswith(b"{"):
         raise MalformedFile("the header does not begin with {")
     try:
@@ -165,7 +237,7 @@ def open_tensor_file(path: Path, header_limit: int = HEADER_LIMIT) -> TensorFile
         raise MalformedFile(f"the file has {size} bytes where its header says {end}")
     if text != _canonical(entries, metadata):
         raise MalformedFile("the header is not byte for byte the one way to write its content")
-    return TensorFile(path, metadata, entries)
+    return TensorFile(blob, metadata, entries, hashlib.sha256(data).hexdigest())
 
 
 def _entries(header: dict[str, object], at: int) -> Iterator[tuple[str, Entry]]:

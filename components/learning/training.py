@@ -1,7 +1,8 @@
 """Local training: some AdamW steps on one silo's examples, from the global model on.
 
-The loss of a step is the mean over its target tokens, whatever the packing and accumulation, so that these change speed and memory only.
-A training may stop at any step, and goes on from its checkpoint as if nothing had been (see `checkpoint`).
+The loss of a step is the mean over its target tokens, whatever the packing, accumulation and number of processes, so that these change speed
+and memory only (see `ranks` for several processes). A training may stop at any step, and goes on from its checkpoint as if nothing had been
+(see `checkpoint`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,15 @@ import numpy as np
 from silotune.components.errors import SilotuneError
 from silotune.components.federation import Training, canonical_json
 from silotune.components.learning import checkpoint as checkpoints
-from silotune.components.learning.batches import batches, stream
+from silotune.components.learning.batches import batches, seed_of, stream, target_count
 from silotune.components.learning.checkpoint import Checkpoint, NotSaved, Seen
+from silotune.components.learning.local_term import AppliedTerm, LocalTerm
+from silotune.components.learning.model import trainable
+from silotune.components.learning.ranks import ALONE, Ranks
 from silotune.components.learning.schedule import rate
 from silotune.components.learning.tokens import Shard
 
+NONE = LocalTerm()
 OnStep = Callable[[int, int, float], None]
 Stop = Callable[[int, float], bool]
 
@@ -62,6 +67,7 @@ class Trained:
     tokens: int  # target tokens
     loss: float  # mean training loss per target token, nats
     cursor: int  # where the data stream goes on
+    gradient: Mapping[str, np.ndarray] = field(default_factory=dict)  # mean of the raw gradients, where the local term asks for it
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ def train(
     *,
     checkpoint: Checkpoint | None = None,
     stop: Stop | None = None,
+    ranks: Ranks = ALONE,
+    local_term: LocalTerm = NONE,
 ) -> Trained:
     """Train ``model`` in place for ``terms.steps`` steps, from its checkpoint on if there is one.
 
@@ -98,30 +106,44 @@ def train(
         checkpoint: where to resume from, and to write to every so many steps; its identity stands for what the arguments here do not say.
         stop: asked after each step with (steps done, seconds from one asking to the next at most, in this process). If true, training ends
             there with a checkpoint; the course of the rate is still that over ``terms.steps``.
+        ranks: the processes that train together. All are to be called with the same arguments and weights; only rank 0 is asked to stop, and
+            only it reads and writes the checkpoint. With more than one, dropout is seeded by step and rank, from the seed last set.
+        local_term: what the strategy adds to the gradients.
 
     Raises:
         NonFiniteLoss: a step's loss or gradient is not finite.
         OutOfMemory: a step does not fit.
+        RankLost: another of the processes has ended.
+        RanksDiffer: they do not hold the same weights: at the start, at a checkpoint or at the end.
     """
     if checkpoint and checkpoint.every > 0:
-        known = [[str(x) for x in stretch.seed], stretch.cursor, shard.digest, terms.model_dump(), learning_rate, max_length, pad]
+        known = [
+            [str(x) for x in stretch.seed],
+            stretch.cursor,
+            shard.digest,
+            terms.model_dump(),
+            learning_rate,
+            max_length,
+            pad,
+            local_term.digest,
+        ]
         identity = hashlib.sha256(canonical_json([checkpoint.identity, known])).hexdigest()
         checkpoint = replace(checkpoint, identity=identity)
     else:
         checkpoint = None
     try:
-        seen = _steps(model, shard, stretch, terms, learning_rate, max_length, pad, on_step, checkpoint, stop)
+        seen, gradient = _steps(model, shard, stretch, terms, learning_rate, max_length, pad, on_step, checkpoint, stop, ranks, local_term)
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
             raise OutOfMemory(terms) from error
         raise
-    return Trained(seen.steps, seen.examples, seen.tokens, seen.loss_sum / seen.tokens, seen.cursor)
+    return Trained(seen.steps, seen.examples, seen.tokens, seen.loss_sum / seen.tokens, seen.cursor, gradient)
 
 
 def _steps(
     model: Any, shard: Shard, stretch: Stretch, terms: Training, learning_rate: float, max_length: int, pad: int, on_step: OnStep | None,
-    checkpoint: Checkpoint | None, stop: Stop | None,
-) -> Seen:  # fmt: skip
+    checkpoint: Checkpoint | None, stop: Stop | None, ranks: Ranks, local_term: LocalTerm,
+) -> tuple[Seen, dict[str, np.ndarray]]:  # fmt: skip
     import torch
     from accelerate import Accelerator
 
@@ -131,27 +153,37 @@ def _steps(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.config.use_cache = False
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    named = trainable(model)
     parameters = list(named.values())
+    added = AppliedTerm(local_term, named)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=terms.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
-    seen = Seen(0, 0, 0, 0.0, stretch.cursor)
-    if checkpoint and (found := checkpoints.load(checkpoint)) and checkpoints.restore(found[1], named, optimizer, accelerator.device):
+    seed, seen = torch.initial_seed(), Seen(0, 0, 0, 0.0, stretch.cursor)
+    if (
+        checkpoint
+        and (found := _resumed(checkpoint, ranks))
+        and checkpoints.restore(found[1], named, optimizer, accelerator.device, added.seen)
+    ):
         seen = found[0]
+    ranks.agree(named, "before the first step")
     asked, slowest, warned = time.monotonic(), 0.0, False
     for step in range(seen.steps, terms.steps):
         for group in optimizer.param_groups:
             group["lr"] = rate(step, terms.steps, learning_rate, terms.schedule, terms.warmup_steps)
         indices = stream(len(shard), seen.cursor, terms.batch_size, *stretch.seed)
-        parts = list(batches(shard, indices, terms.accumulation, max_length, pad, terms.packing))
-        tokens = sum(part.tokens for part in parts)
+        parts = list(batches(shard, indices, terms.accumulation, max_length, pad, terms.packing, (ranks.rank, ranks.size)))
+        tokens = target_count(shard, indices)
+        if ranks.size > 1:  # a checkpoint holds the random numbers' state of rank 0 only
+            torch.manual_seed(seed_of(seed, step, ranks.rank))
         loss = 0.0
         for part in parts:
             with accelerator.autocast():
                 part_loss = token_losses(model, part.to(accelerator.device)).sum() / tokens
             accelerator.backward(part_loss)
             loss += float(part_loss.detach())
+        loss = ranks.sum_gradients(parameters, loss)
+        added.add()
         norm = accelerator.clip_grad_norm_(parameters, terms.max_grad_norm)
         if not math.isfinite(loss) or not bool(torch.isfinite(norm)):
             raise NonFiniteLoss(f"at step {step + 1} of {terms.steps}")
@@ -163,17 +195,28 @@ def _steps(
             on_step(step + 1, terms.steps, loss)
         now = time.monotonic()
         asked, slowest = now, max(slowest, now - asked)
-        stopped = stop is not None and stop(step + 1, slowest)
+        stopped = stop is not None and ranks.decided(ranks.rank == 0 and stop(step + 1, slowest))
         if checkpoint and (stopped or checkpoint.due(step + 1)):
+            ranks.agree(named, f"after step {step + 1} of {terms.steps}")
             try:
-                checkpoints.save(checkpoint, seen, checkpoints.capture(named, optimizer, accelerator.device))
+                if ranks.rank == 0:
+                    checkpoints.save(checkpoint, seen, checkpoints.capture(named, optimizer, accelerator.device, added.seen))
             except NotSaved as error:
                 if not warned:
                     warnings.warn(f"{error}; training goes on without", RuntimeWarning, stacklevel=3)
                 warned = True
         if stopped:
             break
-    return seen
+    ranks.agree(named, "after the last step")
+    return seen, added.mean(seen.steps)
+
+
+def _resumed(checkpoint: Checkpoint, ranks: Ranks) -> tuple[Seen, checkpoints.Tensors] | None:
+    """The last checkpoint, read by rank 0 for all."""
+    found = checkpoints.load(checkpoint) if ranks.rank == 0 else None
+    if copied := ranks.copied((asdict(found[0]), found[1]) if found else None):
+        return Seen(**copied[0]), copied[1]
+    return None
 
 
 def token_losses(model: Any, batch: Any) -> Any:

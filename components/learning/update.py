@@ -38,7 +38,8 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from silotune.components.errors import RefusedError, SilotuneError
-from silotune.components.federation import Section, canonical_json
+from silotune.components.federation import canonical_json
+from silotune.components.learning.blob import Blob, FileBlob
 from silotune.components.learning.tensor_file import (
     WIDTH,
     MalformedFile,
@@ -50,11 +51,13 @@ from silotune.components.learning.tensor_file import (
     to_bytes,
     write_tensor_file,
 )
+from silotune.components.section import Section
 
 KEY = "silotune"
 DTYPE = {"float32": "F32", "bfloat16": "BF16"}
 WEIGHT_LIMIT = 1 << 40  # examples or tokens; more than any silo can have seen in a round
 RULE_LIMIT = 300  # characters
+PART = 1 << 17  # numbers squared at a time
 HEADER_SLACK = 1 << 16  # bytes beyond the names, digests and shapes: numbers, signature, and what a refusal is to name instead of a size
 SIGNED = b"silotune update 1\n"
 TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}  # relative; bfloat16 rounds every number by up to 2^-9 after the norm was taken
@@ -120,6 +123,12 @@ def norm_matches(header_norm: float, squares: float, codec: str) -> bool:
         return False
     norm = math.sqrt(squares)
     return abs(header_norm - norm) <= TOLERANCE[codec] * norm
+
+
+def sum_of_squares(array: np.ndarray) -> float:
+    """In float64, in parts, so that no copy of all is made."""
+    flat = array.reshape(-1)
+    return math.fsum(float(np.square(flat[at : at + PART], dtype=np.float64).sum()) for at in range(0, flat.size, PART))
 
 
 @dataclass(frozen=True)
@@ -219,6 +228,18 @@ class Update:
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         yield from ((name, self.tensor(name)) for name in self.file.entries)
 
+    def verify(self) -> float:
+        """Read all of it as `tensor` does, and compare its norm with the header's; returns the norm, summed in float64.
+
+        Raises:
+            UpdateRefused: as `tensor`, or the norm is another one.
+        """
+        squares = sum(sum_of_squares(array) for _, array in self.tensors())
+        if not norm_matches(self.header.norm, squares, self.header.codec.name):
+            rule = f"its norm is {math.sqrt(squares):.4g}, its header says {self.header.norm:.4g}"
+            raise UpdateRefused(self.header.silo, rule, "send the update again")
+        return math.sqrt(squares)
+
 
 def read_header(path: Path) -> Header:
     """The header of one's own update file. Raises MalformedFile where it is none."""
@@ -228,8 +249,11 @@ def read_header(path: Path) -> Header:
         raise MalformedFile(f"the header is not that of an update: {type(error).__name__}") from None
 
 
-def open_update(path: Path, expected: Expectation) -> Update:
+def open_update(source: Path | Blob, expected: Expectation) -> Update:
     """Accept or refuse an update by its header, before any tensor is read.
+
+    Args:
+        source: a local file, or bytes in a store.
 
     Raises:
         UpdateRefused: with the first rule that is broken.
@@ -238,13 +262,14 @@ def open_update(path: Path, expected: Expectation) -> Update:
     def refuse(rule: str, cure: str) -> UpdateRefused:
         return UpdateRefused(expected.silo, rule, cure)
 
-    size = path.stat().st_size
+    blob = FileBlob(source) if isinstance(source, Path) else source
+    size = blob.size
     if size > expected.most_bytes:
         raise refuse(
             f"it has {size} bytes, more than the {expected.most_bytes} that its tensors can take", "send the tensors of the plan only"
         )
     try:
-        file = open_tensor_file(path, expected.header_bytes)
+        file = open_tensor_file(blob, expected.header_bytes)
     except MalformedFile as error:
         raise refuse(f"not a tensor file: {error}", "send the update again") from None
     header = _header(file, refuse)

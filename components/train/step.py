@@ -9,26 +9,35 @@ import hashlib
 import math
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from silotune.components import base_model, launcher
-from silotune.components.errors import FederationError, RefusedError
+from silotune.components.ending import told
+from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
-from silotune.components.learning.tensor_file import MalformedFile
+from silotune.components.learning.aggregation.combination import OPTIMIZER
+from silotune.components.learning.aggregation.server_optimizer import CONTROL as CONTROL_VARIATE
+from silotune.components.learning.ranks import backend
+from silotune.components.learning.tensor_file import MalformedFile, open_tensor_file, to_bytes, write_tensor_file
 from silotune.components.learning.update import Codec, Header, read_header, write_update
-from silotune.components.progress import Pulse, beating
+from silotune.components.nodes import LOOK, Layout, NodeLost, Table, raised
+from silotune.components.progress import Pulse, beat, beating
 from silotune.components.protocol import Evaluation, Plan, Report, Split, Turn, UpdateManifest
 from silotune.components.rounds import Rounds
-from silotune.components.silo_job import one_at_a_time, silo_home, status_text, time_left
+from silotune.components.silo_job import one_at_a_time, silo_home, status_text
+from silotune.components.train import workers
+from silotune.components.train.memory import own_sum
+from silotune.components.train.order import CHECKPOINT, COMMON, CONTROL, INCOMING, OWN, Order, learn, open_split
 
 if TYPE_CHECKING:
+    from silotune.components.learning.evaluation import Score
     from silotune.components.learning.tokens import Shard
 
-CHECKPOINT = "checkpoint.safetensors"
 RESERVE = 0.1  # of the deadline, kept for sending
+OLD = 10.0  # seconds after which a report of this attempt is taken for its end on a machine that has found none to join
 
 
 def run(federation: str, silo: str, turn: str) -> str:
@@ -48,8 +57,12 @@ def work(federation_file: str, silo_id: str, turn_text: str) -> str:
     if turn.done:
         return status_text(silo_id, "ok", "nothing to do")
     home = silo_home(federation, federation.silo(silo_id))
+    layout = Layout.of()
+    layout = layout if layout.size == 1 else layout.settled()
+    if layout.node:
+        return _join(federation, rounds, layout, turn, silo_id, home)
     pulse = Pulse(home, "train", turn.round)
-    with one_at_a_time(home, pulse):
+    with _table(layout, federation, silo_id, turn) as table, one_at_a_time(home, pulse):
         plan = rounds.plan(turn.round)
         if plan is None or silo_id not in plan.participants:
             raise RefusedError(f"silo {silo_id!r}: round {turn.round} does not ask it; wait for a plan that does", "not a participant")
@@ -57,12 +70,75 @@ def work(federation_file: str, silo_id: str, turn_text: str) -> str:
             raise RefusedError(f"silo {silo_id!r}: was not ready when this attempt began; run again once it is", why)
         if rounds.update(turn.round, silo_id) is not None:  # delivered already, by an earlier attempt or another run
             return status_text(silo_id, "ok")
-        manifest = _send_again(rounds, plan, silo_id, home) or _train(federation, rounds, plan, silo_id, home, pulse)
+        manifest = _send_again(rounds, plan, silo_id, home) or _train(federation, rounds, plan, silo_id, home, pulse, layout, table)
         if isinstance(manifest, str):
             rounds.write_report(Report(round=turn.round, attempt=turn.attempt, silo=silo_id, status="late", reason=manifest))
             return status_text(silo_id, "late", manifest)
         rounds.write_report(_report(turn, rounds.write_update(manifest), time.monotonic() - began, rounds.object_size(plan.incoming)))
         (home / CHECKPOINT).unlink(missing_ok=True)
+    return status_text(silo_id, "ok")
+
+
+@contextmanager
+def _table(layout: Layout, federation: Federation, silo_id: str, turn: Turn) -> Iterator[Table | None]:
+    """On the first machine: what its processes and the other machines find each other by, where there are any; at the end they hear of it."""
+    if layout.size == 1:
+        yield None
+        return
+    table = Table.kept(layout, _topic(layout, federation, silo_id, turn))
+    try:
+        yield table
+    finally:
+        error = sys.exception()
+        table.close(
+            told(error) if isinstance(error, Exception) else {"exit_code": 0 if error is None else 1, "message": "", "reason": "ended"}
+        )
+
+
+def _topic(layout: Layout, federation: Federation, silo_id: str, turn: Turn) -> dict[str, Any]:
+    return {
+        "federation": federation.name, "silo": silo_id, "turn": turn.text, "nodes": layout.nodes, "processes per node": layout.per_node,
+        "backend": backend(),
+    }  # fmt: skip
+
+
+def _join(federation: Federation, rounds: Rounds, layout: Layout, turn: Turn, silo_id: str, home: Path) -> str:
+    """On another machine than the first: take part in the training, if there is one, and write nothing; returns the status."""
+    Pulse(None, "train", turn.round)
+    began = time.monotonic()
+
+    def ended() -> str:
+        """The status where the first machine has ended already, as the store tells; what is left of an earlier try is no word of this one's."""
+        if rounds.update(turn.round, silo_id) is not None:
+            return status_text(silo_id, "ok")
+        report = rounds.reports(turn.round, turn.attempt).get(silo_id) if time.monotonic() - began > OLD else None
+        return status_text(silo_id, report.status, report.reason) if report else ""
+
+    if status := ended():
+        return status
+    table = Table.reached(layout, _topic(layout, federation, silo_id, turn), lambda: bool(ended()))
+    if table is None:
+        return ended()
+    try:
+        while (found := table.said("order")) is None:
+            beat("waiting", holder=False)
+            if over := table.look():
+                if over["exit_code"]:
+                    raise raised(over)
+                return status_text(silo_id, "ok")
+            time.sleep(LOOK)
+        with beating("loading"):
+            base = base_model.resolve(federation.model.base, home / "base")
+        order = Order.model_validate(found).model_copy(update={"home": home, "base": base.folder})
+        if base.digest != order.base_digest:
+            raise RefusedError(f"node {layout.node}: its base model is not that of node 0; give both the same", "base model differs")
+        workers.together(order, layout, table, lambda score: None)
+    finally:
+        error = sys.exception()
+        with suppress(NodeLost):
+            if isinstance(error, Exception):
+                table.say(f"ended/{layout.node}", told(error))
+            table.say(f"left/{layout.node}", {})
     return status_text(silo_id, "ok")
 
 
@@ -79,43 +155,54 @@ def _send_again(rounds: Rounds, plan: Plan, silo_id: str, home: Path) -> UpdateM
     return None
 
 
-def _train(federation: Federation, rounds: Rounds, plan: Plan, silo_id: str, home: Path, pulse: Pulse) -> UpdateManifest | str:
+def _train(
+    federation: Federation, rounds: Rounds, plan: Plan, silo_id: str, home: Path, pulse: Pulse, layout: Layout, table: Table | None
+) -> UpdateManifest | str:
     """The manifest of a new update, or how far the silo came where it is late."""
-    import torch
-
     from silotune.components.learning import model as models
-    from silotune.components.learning import training
     from silotune.components.learning.batches import seed_of
-    from silotune.components.learning.checkpoint import Checkpoint
-    from silotune.components.learning.tensor_file import open_tensor_file
+    from silotune.components.learning.training import NonFiniteLoss
 
     agreement = rounds.agreement(plan.agreement)
     with beating("loading"):
         base = base_model.resolve(federation.model.base, home / "base")
         check_terms(federation, agreement, base, silo_id)
         pad = models.pad_id(models.load_tokenizer(base.folder))
-        before = open_tensor_file(rounds.fetch_object(plan.incoming, home / "incoming.safetensors")).read_all()
-        model = models.load_with_state(base.folder, agreement.model, before)
+        rounds.fetch_object(plan.incoming, home / INCOMING)
     terms = agreement.training_of(silo_id)
     if not 0 < plan.learning_rate <= terms.learning_rate:
         rule = f"must be above 0 and at most the terms' {terms.learning_rate:g}, is {plan.learning_rate:g}"
         raise RefusedError(f"silo {silo_id!r}: the plan's learning rate {rule}; ask the coordinator", "terms differ")
-    score = evaluate_split(rounds, agreement, model, plan.incoming, open_split(home, "valid"), silo_id, "valid", pad, plan.round, pulse)
-    if score.loss_sum is None:
-        raise training.NonFiniteLoss("of the incoming global")
-    shard = open_split(home, "train")
-    stretch = training.Stretch((agreement.federation, terms.seed, silo_id), plan.participants[silo_id].cursor)
-    torch.manual_seed(seed_of(agreement.federation, terms.seed, plan.round, silo_id, "dropout"))
-    # What a killed training resumes from holds only where nothing has changed that it depends on.
-    identity = hashlib.sha256(canonical_json([plan.digest, silo_id, shard.digest])).hexdigest()
-    checkpoint = Checkpoint(home / CHECKPOINT, identity, federation.rounds.checkpoint_every)
-    max_length = agreement.data["max_length"]
-    trained = training.train(
-        model, shard, stretch, terms, plan.learning_rate, max_length, pad, pulse, checkpoint=checkpoint, stop=_deadline(federation)
-    )
+    _write_control(rounds, plan, agreement, silo_id, home)
+    splits = {split: open_split(home, split).digest for split in ("train", "valid")}
+    scored = rounds.evaluation(plan.incoming, silo_id, "valid", splits["valid"])
+
+    def on_score(score: Score) -> None:
+        if _write_score(rounds, score, plan.incoming, silo_id, "valid", splits["valid"], plan.round).loss_sum is None:
+            raise NonFiniteLoss("of the incoming global")
+
+    if scored and scored.loss_sum is None:
+        raise NonFiniteLoss("of the incoming global")
+    evaluation, seed = agreement.evaluation, agreement.training.seed
+    order = Order(
+        home=home, base=base.folder, base_digest=base.digest, silo=silo_id, round=plan.round, federation=agreement.federation,
+        model=agreement.model, strategy=agreement.aggregation.strategy, rank=agreement.rank_of(silo_id), mu=agreement.aggregation.mu, terms=terms, learning_rate=plan.learning_rate, max_length=agreement.data["max_length"], pad=pad,
+        cursor=plan.participants[silo_id].cursor, split_digests=splits, every=federation.rounds.checkpoint_every,
+        dropout_seed=seed_of(agreement.federation, terms.seed, plan.round, silo_id, "dropout"),
+        score=None if scored else (evaluation.max_examples, evaluation.batch_size, seed),
+        # What a killed training resumes from holds only where nothing has changed that it depends on.
+        identity=hashlib.sha256(canonical_json([plan.digest, silo_id, splits["train"]])).hexdigest(),
+        reserve=RESERVE * (federation.deadline_seconds or 0.0),
+    )  # fmt: skip
+    if table is None:
+        trained, delta = learn(order, pulse, on_score)
+    else:
+        table.gather()
+        table.say("order", order.model_dump(mode="json"))
+        trained, delta = workers.together(order, layout, table, on_score)
+        pulse(trained.steps, terms.steps, trained.loss)
     if trained.steps < federation.rounds.min_fraction * terms.steps:
         return f"{trained.steps} of {terms.steps} steps"
-    delta = training.update_of(before, models.trainable_state(model))
     header = Header(
         federation=federation.name, agreement=plan.agreement, round=plan.round, silo=silo_id, plan=plan.digest, base=plan.base,
         incoming=plan.incoming, examples=trained.examples, tokens=trained.tokens, steps=trained.steps, cursor=trained.cursor,
@@ -126,26 +213,34 @@ def _train(federation: Federation, rounds: Rounds, plan: Plan, silo_id: str, hom
     return _manifest(rounds, plan, write_update(path, header, delta, sign), path)
 
 
+def _write_control(rounds: Rounds, plan: Plan, agreement: Agreement, silo_id: str, home: Path) -> None:
+    """What the strategy's local term is made of, as a file beside the incoming global; none where it needs nothing."""
+    (home / CONTROL).unlink(missing_ok=True)
+    strategy = agreement.aggregation.traits
+    if not strategy.memory:
+        return
+    latest = rounds.commit(plan.round - 1)
+    own = own_sum(rounds, latest, silo_id, home, memory=strategy.local == "control")
+    tensors = {OWN + name: array for name, array in own.items()}
+    if strategy.local == "control" and (digest := plan.server_state.get(OPTIMIZER)):
+        state = open_tensor_file(rounds.fetch_object(digest, home / ".state.safetensors"))
+        prefix = f"{CONTROL_VARIATE}."
+        tensors |= {COMMON + name.removeprefix(prefix): state.read(name) for name in state.entries if name.startswith(prefix)}
+        (home / ".state.safetensors").unlink()
+    encoded = ((name, to_bytes(array, "F32")) for name, array in sorted(tensors.items()))
+    write_tensor_file(home / CONTROL, {n: a.shape for n, a in tensors.items()}, "F32", encoded, {})
+
+
 def _manifest(rounds: Rounds, plan: Plan, header: Header, path: Path) -> UpdateManifest:
     """Put an update file into the store, and say what it is."""
     with beating("sending"):
         digest = rounds.put_object(path, header.silo)
+    head = open_tensor_file(path).header_digest
     return UpdateManifest(
         round=plan.round, silo=header.silo, agreement=plan.agreement, plan=plan.digest, incoming=plan.incoming,
-        object=digest, bytes=path.stat().st_size, examples=header.examples, tokens=header.tokens,
+        object=digest, header=head, bytes=path.stat().st_size, examples=header.examples, tokens=header.tokens,
         steps=header.steps, cursor=header.cursor, codec=header.codec.name, norm=header.norm, loss=header.loss,
     )  # fmt: skip
-
-
-def _deadline(federation: Federation) -> Callable[[int, float], bool]:
-    """Stops a training while there is time left to send what it has: a tenth of the deadline, and one step more."""
-    reserve = RESERVE * (federation.deadline_seconds or 0.0)
-
-    def stop(steps: int, slowest: float) -> bool:
-        left = time_left()
-        return left is not None and left < reserve + slowest
-
-    return stop
 
 
 def check_terms(federation: Federation, agreement: Agreement, base: base_model.Base, silo_id: str) -> None:
@@ -162,18 +257,6 @@ def check_terms(federation: Federation, agreement: Agreement, base: base_model.B
         )
 
 
-def open_split(home: Path, split: str) -> Shard:
-    """The shard that preprocess made. Raises FederationError where it has not."""
-    import json
-
-    from silotune.components.learning.tokens import open_shard
-
-    try:
-        return open_shard(home / json.loads((home / "data.json").read_text())[split])
-    except (FileNotFoundError, KeyError):
-        raise FederationError(f"{home}: holds no {split} split; run preprocess first", "not preprocessed") from None
-
-
 def evaluate_split(
     rounds: Rounds, agreement: Agreement, model: object, outgoing: str, shard: Shard, silo_id: str, split: Split, pad: int, turn: int,
     pulse: Pulse | None = None,
@@ -186,15 +269,19 @@ def evaluate_split(
     terms = agreement.evaluation
     most = terms.max_examples if split == "valid" else None
     indices = chosen(shard, most, agreement.federation, agreement.training.seed, silo_id, split)
-    beat = (lambda: pulse.beat("evaluating")) if pulse else None
-    score = evaluate(model, shard, indices, terms.batch_size, agreement.data["max_length"], pad, beat)
+    on_batch = (lambda: pulse.beat("evaluating")) if pulse else None
+    score = evaluate(model, shard, indices, terms.batch_size, agreement.data["max_length"], pad, on_batch)
+    return _write_score(rounds, score, outgoing, silo_id, split, shard.digest, turn)
+
+
+def _write_score(rounds: Rounds, score: Score, outgoing: str, silo_id: str, split: Split, digest: str, turn: int) -> Evaluation:
     return rounds.write_evaluation(
         Evaluation(
             round=turn,
             outgoing=outgoing,
             silo=silo_id,
             split=split,
-            split_digest=shard.digest,
+            split_digest=digest,
             examples=score.examples,
             tokens=score.tokens,
             loss_sum=score.loss_sum if math.isfinite(score.loss_sum) else None,

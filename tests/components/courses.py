@@ -80,7 +80,7 @@ class Course:
         tensors = self.rounds.put_json_object({"w": [2, 2]})
         return self.rounds.open_round(
             Plan(
-                round=number, agreement=self.agreement.digest, base="b" * 64, incoming=self.last.outgoing, learning_rate=0.1, code="0",
+                round=number, agreement=self.agreement.digest, base="b" * 64, incoming=self.last.outgoing, tensors=tensors, learning_rate=0.1, code="0",
                 accepted=[(number, self.last.outgoing)],
                 participants={s: Participant(tensors=tensors, cursor=8 * (number - 1)) for s in sorted(self.agreement.silos)},
             )
@@ -90,7 +90,7 @@ class Course:
         digest = self.object(content or f"update of {silo} in {plan.round}", silo)
         return self.rounds.write_update(
             UpdateManifest(
-                round=plan.round, silo=silo, agreement=plan.agreement, plan=plan.digest, incoming=plan.incoming, object=digest, bytes=9,
+                round=plan.round, silo=silo, agreement=plan.agreement, plan=plan.digest, incoming=plan.incoming, object=digest, header="h" * 64, bytes=9,
                 examples=8, tokens=80, steps=4, cursor=8 * plan.round, codec="float32", norm=1.0, loss=1.0,
             )
         )  # fmt: skip

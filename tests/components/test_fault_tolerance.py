@@ -17,6 +17,7 @@ from silotune.components.initialize import step as initialize
 from silotune.components.learning import training
 from silotune.components.preprocess import step as preprocess
 from silotune.components.rounds import Rounds
+from silotune.components.train import order
 from silotune.components.train import step as train
 from silotune.pipelines.simulate import Simulation
 
@@ -48,7 +49,7 @@ def globals_of(file: Path) -> list[str]:
 def leave(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """As if the deadline were near after so many steps."""
     clock: Iterator[float] = iter([1e6] * (steps - 1) + [0.0] * 100)
-    monkeypatch.setattr(train, "time_left", lambda: next(clock))
+    monkeypatch.setattr(order, "time_left", lambda: next(clock))
 
 
 # --- too few, too late ---

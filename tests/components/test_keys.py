@@ -239,7 +239,7 @@ def test_a_key_that_the_file_does_not_name_is_refused_at_signing_with_its_cure(t
 # What a signature is over
 
 MANIFEST: dict[str, Any] = {
-    "agreement": "a", "plan": "p", "incoming": "g", "object": "o", "bytes": 1, "examples": 1, "tokens": 1, "steps": 1, "cursor": 1,
+    "agreement": "a", "plan": "p", "incoming": "g", "object": "o", "header": "h", "bytes": 1, "examples": 1, "tokens": 1, "steps": 1, "cursor": 1,
     "codec": "float32", "norm": 1.0, "loss": 1.0,
 }  # fmt: skip
 SCORE: dict[str, Any] = {
@@ -252,7 +252,7 @@ COMMIT: dict[str, Any] = {
 # A record of every kind, where it lies, and a place of another round, silo or number.
 RECORDS: list[tuple[Record, str, str]] = [
     (
-        Plan(round=1, agreement="a", base="b", incoming="g", accepted=[(1, "g")], participants={"north": Participant(tensors="t", cursor=0)},
+        Plan(round=1, agreement="a", base="b", tensors="t", incoming="g", accepted=[(1, "g")], participants={"north": Participant(tensors="t", cursor=0)},
              learning_rate=0.1, code="1"),
         "fed/rounds/00001/plan.json", "fed/rounds/00002/plan.json",
     ),

@@ -41,7 +41,7 @@ def commit(number: int, **changes: Any) -> Commit:
 
 def plan(number: int = 1, silos: tuple[str, ...] = ("north", "south"), **changes: Any) -> Plan:
     terms = {
-        "round": number, "agreement": "a", "base": "b", "incoming": "g", "accepted": [(number, "g")], "learning_rate": 0.1, "code": "1",
+        "round": number, "agreement": "a", "base": "b", "incoming": "g", "tensors": "t", "accepted": [(number, "g")], "learning_rate": 0.1, "code": "1",
         "participants": {s: Participant(tensors="t", cursor=0) for s in silos},
     }  # fmt: skip
     return Plan(**(terms | changes))
@@ -49,7 +49,7 @@ def plan(number: int = 1, silos: tuple[str, ...] = ("north", "south"), **changes
 
 def manifest(silo: str, **changes: Any) -> UpdateManifest:
     terms = {
-        "round": 1, "silo": silo, "agreement": "a", "plan": "p", "incoming": "g", "object": "o", "bytes": 10, "examples": 4, "tokens": 9,
+        "round": 1, "silo": silo, "agreement": "a", "plan": "p", "incoming": "g", "object": "o", "header": "h", "bytes": 10, "examples": 4, "tokens": 9,
         "steps": 2, "cursor": 4, "codec": "float32", "norm": 0.5, "loss": 1.0,
     }  # fmt: skip
     return UpdateManifest(**(terms | changes))
@@ -373,14 +373,14 @@ def test_there_is_no_other_outcome() -> None:
 
 @pytest.mark.parametrize("outcome", ["skipped", "amended"])
 def test_a_round_without_a_result_leaves_the_global_as_it_was(federation: Federation, outcome: Any) -> None:
-    before = commit(4, best=2, server_state="s")
+    before = commit(4, best=2, server_state={"optimizer": "s"})
     agreement = federation.agreement("b", "t")
     opened = plan(5, learning_rate=0.25)
     closed = opening.without_result(outcome, federation, before, opened, agreement, 3, {"south": "late: 1 of 4 steps"})
     assert (closed.round, closed.outcome, closed.attempt) == (5, outcome, 3)
     assert closed.outgoing == closed.incoming == before.outgoing
     assert (closed.previous, closed.plan, closed.agreement) == (before.digest, opened.digest, agreement.digest)
-    assert (closed.best, closed.server_state, closed.learning_rate, closed.custody) == (2, "s", 0.25, "local")
+    assert (closed.best, closed.server_state, closed.learning_rate, closed.custody) == (2, {"optimizer": "s"}, 0.25, "local")
     assert (closed.contributions, closed.missing, closed.converged) == ({}, {"south": "late: 1 of 4 steps"}, False)
 
 

@@ -63,7 +63,7 @@ def step_by_hand(model: Any, shard: Shard, indices: np.ndarray, max_norm: float)
     """Loss, clipped gradient and tokens of one step: examples one by one, log-softmax and clipping written out."""
     import torch
 
-    named = models._trainable(model)
+    named = models.trainable(model)
     model.zero_grad()
     tokens, loss = sum(int(shard.example(i)[1].sum()) for i in indices), 0.0
     for i in indices:

@@ -1,0 +1,297 @@
+"""Weighted sums of tensor files: in one order, in few passes, in memory that does not grow with the number of files.
+
+**The order of summation.** Silos are taken in the sorted order of their ids and cut into consecutive groups of ``fan_in``. Within a group,
+terms wᵢxᵢ are added one after the other in float32: the weight is rounded to float32, the product is rounded, the sum is rounded. The groups'
+sums are cut into consecutive groups and added the same way, level by level, until one is left. Weights are counts and come in as they are; what
+they must be divided by is divided out once, in float64, of the last sum (`mean`). So the same updates give the same bytes, whatever order they
+came in, and whether one process adds them all or one for each group of a tree (`tree`).
+
+The error of a number is at most (2 + (fan_in - 1)·levels)·2⁻²⁴·Σ|wᵢxᵢ|, to first order: a product's two roundings, and a sum's for each
+addition that a term goes through.
+
+**The passes.** All files hold the same tensors in the same order, so they are read side by side in windows of some megabytes, which run
+across the borders of tensors. Of each window one file after the other is read, and of that, block by block while the block lies in the
+processor's cache: hashed, decoded, added, squared for the norm. Memory holds one accumulator of a window for every level, and as many windows
+as are read ahead: some 4 · (2 + levels + ahead) MiB, however many files there are and however large.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from silotune.components.learning.tensor_file import WIDTH, MalformedFile, TensorFile
+from silotune.components.learning.update import Header, Update, UpdateRefused, norm_matches, sum_of_squares
+
+FAN_IN = 16
+WINDOW = 1 << 20  # numbers read from one file at a time, 4 MiB of float32
+BLOCK = 1 << 17  # numbers worked on at a time
+ROW = 1 << 13  # numbers whose squares are added up in float32
+SAFE = (1e-20, 1e30)  # a block's sum of squares, if nothing in it has overflowed, and nothing that counts has vanished
+MEMORY = "memory."  # tensors of an update that are no part of the model, but what a silo's method carries on; each counts as one
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a tensor's numbers, by index into its flat form."""
+
+    name: str
+    start: int
+    stop: int
+    whole: int  # numbers in the tensor
+
+
+@dataclass
+class Check:
+    """Of one update: whether what is read of it is what its header says, piece by piece in the file's order."""
+
+    header: Header
+    squares: float = 0.0
+    hash: Any = field(default_factory=hashlib.sha256)  # of the tensor at hand
+
+    def read(self, data: memoryview) -> None:
+        self.hash.update(data)
+
+    def numbers(self, name: str, x: np.ndarray) -> None:
+        """Raises UpdateRefused where one is not finite."""
+        found = squares(x)
+        if not math.isfinite(found):
+            raise UpdateRefused(self.header.silo, f"tensor {name!r} is not finite", "lower the learning rate or check the records")
+        self.squares += found
+
+    def end_tensor(self, name: str) -> None:
+        """Raises UpdateRefused where the tensor does not have the digest in the header."""
+        if self.hash.hexdigest() != self.header.tensors[name]:
+            raise UpdateRefused(self.header.silo, f"tensor {name!r} does not have the digest in the header", "send the update again")
+        self.hash = hashlib.sha256()
+
+
+@dataclass
+class Term:
+    """One summand: a file, the weight of its tensors, and what there is to check of it; None for a file of the coordinator's own."""
+
+    file: TensorFile
+    weight: float
+    check: Check | None = None
+    memory_weight: float = 1.0  # of tensors named `MEMORY` and something
+
+    def weight_of(self, name: str) -> np.float32:
+        return np.float32(self.memory_weight if name.startswith(MEMORY) else self.weight)
+
+    def read(self, window: Sequence[Piece]) -> bytes | memoryview:
+        """The bytes of a window. Raises UpdateRefused where the file ends inside it."""
+        first, last = self.file.entries[window[0].name], self.file.entries[window[-1].name]
+        start = first.start + window[0].start * WIDTH[first.dtype]
+        try:
+            return self.file.span(window[-1].name, start, last.start + window[-1].stop * WIDTH[last.dtype])
+        except MalformedFile as error:
+            if self.check is None:
+                raise
+            raise UpdateRefused(self.check.header.silo, str(error), "send the update again") from None
+
+
+def term_of(update: Update, weight: float) -> Term:
+    return Term(update.file, weight, Check(update.header))
+
+
+def verify_norms(updates: Sequence[tuple[Update, Check]]) -> dict[str, float]:
+    """L2 norms by silo, after all was read.
+
+    Raises:
+        UpdateRefused: a norm is not what its header says.
+    """
+    norms = {}
+    for update, check in updates:
+        # What was added up on the way is in float32 for a few thousand numbers at a time. None is called a liar for that.
+        if norm_matches(check.header.norm, check.squares, check.header.codec.name):
+            norms[check.header.silo] = math.sqrt(check.squares)
+        else:
+            norms[check.header.silo] = update.verify()
+    return norms
+
+
+def sums(terms: Sequence[Term], fan_in: int = FAN_IN) -> Iterator[tuple[Piece, np.ndarray]]:
+    """Σ wᵢxᵢ in the order that is described above, piece by piece in the file's order.
+
+    Args:
+        terms: of files with the same tensors, in order; at least one.
+
+    Yields:
+        (piece, its sum in float32, of which the caller may do what it likes, until the next one).
+
+    Raises:
+        UpdateRefused: a tensor of an update is cut short, does not have its digest, or is not finite.
+    """
+    if fan_in < 2:
+        raise ValueError(f"fan_in: must be 2 or more, got {fan_in}")
+    shapes = {n: e.shape for n, e in terms[0].file.entries.items()}
+    if any({n: e.shape for n, e in term.file.entries.items()} != shapes for term in terms):
+        raise ValueError("terms: must be of the same tensors")
+    levels = Levels(fan_in)
+    scratch = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint32)
+    reading = _read_ahead(terms, max(term.file.blob.ahead for term in terms))
+    try:
+        for window in windows(terms[0].file):
+            for term in terms:
+                into, fresh = levels.slot()
+                _add(term, next(reading), window, into, fresh, scratch)
+                levels.added()
+            total, at = levels.total(), 0
+            for piece in window:
+                yield piece, total[at : (at := at + piece.stop - piece.start)]
+    finally:
+        reading.close()
+
+
+def windows(file: TensorFile) -> Iterator[list[Piece]]:
+    """All numbers of a file, in its order, in runs of `WINDOW`."""
+    window: list[Piece] = []
+    room = WINDOW
+    for name, entry in file.entries.items():
+        whole = math.prod(entry.shape)
+        start = 0
+        while True:  # an empty tensor is a piece, too: it has a digest
+            stop = min(whole, start + room)
+            window.append(Piece(name, start, stop, whole))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield window
+                window, room = [], WINDOW
+            if start == whole:
+                break
+    if window:
+        yield window
+
+
+def _read_ahead(terms: Sequence[Term], ahead: int) -> Generator[bytes | memoryview, None, None]:
+    """Windows of all terms in the order they are needed, up to ``ahead`` of them on their way in threads."""
+    wanted = ((term, window) for window in windows(terms[0].file) for term in terms)
+    if ahead == 0:
+        for term, window in wanted:
+            yield term.read(window)
+        return
+    pool = ThreadPoolExecutor(ahead)
+    underway: deque[Future[bytes | memoryview]] = deque()
+    try:
+        for term, window in wanted:
+            underway.append(pool.submit(term.read, window))
+            if len(underway) > ahead:
+                yield underway.popleft().result()
+        while underway:
+            yield underway.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class Levels:
+    """Accumulators of one window: one for the group at hand, one for each level above."""
+
+    def __init__(self, fan_in: int) -> None:
+        self._fan_in = fan_in
+        self._sums: list[np.ndarray] = []
+        self._counts: list[int] = []
+
+    def slot(self) -> tuple[np.ndarray, bool]:
+        """Where the next term goes, and whether it is the first of its group, over whatever stands there."""
+        self._reach(0)
+        return self._sums[0], self._counts[0] == 0
+
+    def added(self) -> None:
+        """A term has been added: full groups go up."""
+        self._counts[0] += 1
+        level = 0
+        while self._counts[level] == self._fan_in:
+            self._up(level)
+            level += 1
+
+    def total(self) -> np.ndarray:
+        """The sum of all; the levels begin anew."""
+        level = next(n for n, count in enumerate(self._counts) if count)
+        while level + 1 < len(self._counts):
+            self._up(level)
+            level += 1
+        self._counts[level] = 0
+        return self._sums[level]
+
+    def _reach(self, level: int) -> None:
+        if level == len(self._sums):
+            self._sums.append(np.empty(WINDOW, np.float32))
+            self._counts.append(0)
+
+    def _up(self, level: int) -> None:
+        self._reach(level + 1)
+        s = self._sums
+        if self._counts[level + 1] == 0:
+            s[level], s[level + 1] = s[level + 1], s[level]
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):  # a sum that is not finite is found where it is used
+                np.add(s[level + 1], s[level], out=s[level + 1])
+        self._counts[level + 1] += 1
+        self._counts[level] = 0
+
+
+def _add(
+    term: Term, data: bytes | memoryview, window: Sequence[Piece], into: np.ndarray, fresh: bool, scratch: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Check a window of one term and add it to an accumulator, over what stands there if that is ``fresh``."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found where it is used
+        _add_quietly(term, memoryview(data), window, into, fresh, scratch)
+
+
+def _add_quietly(
+    term: Term, view: memoryview, window: Sequence[Piece], into: np.ndarray, fresh: bool, scratch: tuple[np.ndarray, np.ndarray]
+) -> None:
+    check, dtype = term.check, term.file.entries[window[0].name].dtype
+    width, at = WIDTH[dtype], 0
+    product, bits = scratch
+    for piece in window:
+        weight = term.weight_of(piece.name)
+        for start in range(at, end := at + piece.stop - piece.start, BLOCK):
+            stop = min(end, start + BLOCK)
+            block = view[start * width : stop * width]
+            x, accumulator = _decoded(block, dtype, bits), into[start:stop]
+            if check is not None:
+                check.read(block)
+                check.numbers(piece.name, x)
+            if fresh:
+                np.multiply(x, weight, out=accumulator)
+            elif weight == 1:
+                np.add(accumulator, x, out=accumulator)
+            else:
+                np.multiply(x, weight, out=product[: len(x)])
+                np.add(accumulator, product[: len(x)], out=accumulator)
+        at = end
+        if check is not None and piece.stop == piece.whole:
+            check.end_tensor(piece.name)
+
+
+def _decoded(block: memoryview, dtype: str, bits: np.ndarray) -> np.ndarray:
+    """Numbers of some bytes, as float32; of BF16 in ``bits``."""
+    if dtype == "F32":
+        return np.frombuffer(block, "<f4")
+    half = np.frombuffer(block, "<u2")
+    wide = bits[: len(half)]
+    np.copyto(wide, half)
+    np.left_shift(wide, 16, out=wide)
+    return wide.view(np.float32)
+
+
+def squares(x: np.ndarray) -> float:
+    """Sum of the squares of a few float32 numbers, right to some 1e-7; inf or NaN if, and only if, one of them is not finite."""
+    rows = len(x) // ROW * ROW
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = float(np.dot(x[rows:], x[rows:]))
+        if rows:  # row by row, of fewer numbers than BLAS would give to threads, and few enough for a sum in float32
+            table = x[:rows].reshape(-1, ROW)
+            found += float(np.vecdot(table, table).sum(dtype=np.float64))
+    if SAFE[0] < found < SAFE[1]:
+        return found
+    return sum_of_squares(x) if np.isfinite(x).all() else math.inf

@@ -1,0 +1,104 @@
+"""What of aggregation can be combined, and what is refused before anything runs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from silotune.components import strategies
+from silotune.components.errors import FederationError
+from silotune.components.federation import Federation
+from silotune.components.strategies import RULES, STRATEGIES, Aggregation, Robust
+
+
+def written(folder: Path, *, silos: int = 3, ranks: dict[int, int] | None = None, **sections: object) -> Path:
+    file = folder / "federation.yaml"
+    parts = [{"id": f"silo-{i}", "train": f"{i}.jsonl"} for i in range(silos)]
+    for i, rank in (ranks or {}).items():
+        parts[i]["lora"] = {"r": rank}
+    file.write_text(yaml.safe_dump({"name": "trial", "model": {"base": "./base"}, "silos": parts} | sections))
+    return file
+
+
+def problems(folder: Path, **given: object) -> str:
+    with pytest.raises(FederationError) as caught:
+        Federation.load(written(folder, **given))
+    return str(caught.value)
+
+
+def test_the_field_offers_what_the_table_holds_and_nothing_else():
+    assert set(Aggregation.model_fields["strategy"].annotation.__args__) == set(STRATEGIES)
+    assert set(Robust.model_fields["rule"].annotation.__args__) == set(RULES)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_can_be_chosen(tmp_path, name):
+    export = {"merge": True} if STRATEGIES[name].folds else {}
+    loaded = Federation.load(written(tmp_path, aggregation={"strategy": name}, export=export))
+    assert loaded.aggregation.traits is STRATEGIES[name]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_can_be_chosen_with_product(tmp_path, name):
+    robust = {"rule": name, "hostile": 1} | ({"trusted": "silo-0"} if name == "fltrust" else {})
+    Federation.load(written(tmp_path, silos=7, aggregation={"strategy": "product", "robust": robust}))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"model": {"base": "./base", "method": "full"}, "aggregation": {"strategy": "product"}}, "product is for LoRA"),
+        ({"ranks": {1: 4}}, "silos[1].lora.r: must be model.lora.r, 8, with aggregation.strategy"),
+        ({"ranks": {1: 16}, "aggregation": {"strategy": "product"}}, "silos[1].lora.r: must be at most model.lora.r, 8, got 16"),
+        ({"model": {"base": "./base", "method": "full"}, "ranks": {0: 4}}, "silos[0].lora.r: is for LoRA"),
+        ({"aggregation": {"strategy": "fedex"}}, "export.merge: must be true"),
+        ({"aggregation": {"strategy": "product", "mu": 0.1}}, "aggregation.mu: is for fedprox and feddyn"),
+        ({"aggregation": {"strategy": "fedavg", "server": {"beta1": 0.5}}}, "aggregation.server: is for"),
+        ({"aggregation": {"strategy": "fedavg", "carry": True}}, "aggregation.carry: is for product"),
+        ({"aggregation": {"clip": {"norm": 1.0, "quantile": 0.5}}}, "aggregation.clip: must hold either"),
+        ({"aggregation": {"clip": {}}}, "aggregation.clip: must hold either"),
+        ({"aggregation": {"strategy": "scaffold", "zeroing": True}}, "aggregation.zeroing: cannot hold with scaffold"),
+        (
+            {"silos": 9, "aggregation": {"strategy": "scaffold", "robust": {"rule": "krum"}}},
+            "aggregation.robust: cannot hold with scaffold",
+        ),
+        ({"aggregation": {"strategy": "fedit", "robust": {"rule": "median"}}}, "set aggregation.strategy: product"),
+        ({"aggregation": {"strategy": "product", "robust": {"rule": "krum"}}}, "krum needs 5 silos against 1 hostile, got 3"),
+        ({"aggregation": {"strategy": "product", "robust": {"rule": "fltrust"}}}, "trusted: must be the id of a silo"),
+        ({"aggregation": {"strategy": "product", "robust": {"rule": "median", "trusted": "silo-0"}}}, "trusted: is for fltrust"),
+        ({"aggregation": {"strategy": "product", "robust": {"rule": "median", "bound": 1.0}}}, "bound: is for norm-bound"),
+        ({"aggregation": {"strategy": "fedsgd"}}, "aggregation.strategy"),
+    ],
+)
+def test_what_cannot_hold_is_refused_with_its_place_and_the_cure(tmp_path, given, told):
+    assert told in problems(tmp_path, **given)
+
+
+def test_unequal_ranks_are_taken_by_the_strategies_that_say_so(tmp_path):
+    for name, strategy in STRATEGIES.items():
+        file = written(tmp_path, ranks={1: 4}, aggregation={"strategy": name}, export={"merge": strategy.folds})
+        if strategy.unequal_ranks:
+            agreement = Federation.load(file).agreement("b" * 64, "t" * 64)
+            assert [agreement.rank_of(f"silo-{i}") for i in range(3)] == [8, 4, 8]
+        else:
+            with pytest.raises(FederationError, match="unequal ranks"):
+                Federation.load(file)
+
+
+def test_a_malformed_section_is_left_to_the_models(tmp_path):
+    for raw in (
+        {"aggregation": []},
+        {"aggregation": {"strategy": 3}},
+        {"model": 7},
+        {"silos": [3]},
+        {"aggregation": {"robust": 3, "clip": 2}},
+    ):
+        assert list(strategies.conflicts(raw)) == []
+
+
+def test_a_rank_is_part_of_the_agreement(tmp_path):
+    terms = {"aggregation": {"strategy": "product"}}
+    equal = Federation.load(written(tmp_path, **terms)).agreement("b", "t")
+    unequal = Federation.load(written(tmp_path, ranks={2: 4}, **terms)).agreement("b", "t")
+    assert equal.changes(unequal) == ["silos.silo-2.lora"]
+    assert equal.forbids(unequal) == []
