@@ -10,7 +10,7 @@ already scaled; updates have the pairs only. A global without ``delta`` is one w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from silotune.components.learning.aggregation.factors import DELTA, A, B, LoraPair, modules, stacked
+from silotune.components.learning.aggregation.gauge import aligned
 from silotune.components.learning.aggregation.mean import METADATA, ServerState
 from silotune.components.learning.aggregation.product import Best, distance, mean_product
 from silotune.components.learning.aggregation.spectrum import Spectrum
@@ -40,13 +41,14 @@ class LoraMean:
 
 def product_mean(
     incoming: TensorFile, updates: Mapping[str, Update], weights: Mapping[str, float], out: Path, *, scale: float = 1.0,
-    carry: ServerState | None = None,
+    carry: ServerState | None = None, ranks: Iterable[int] = (),
 ) -> LoraMean:  # fmt: skip
     """Write the next global: of each module the best pair of the global's rank for the mean of the silos' products (`product.mean_product`).
 
     Args:
         weights: by silo, in any unit.
         scale: s = alpha / r, by which ``change`` is measured.
+        ranks: of the silos; see `gauge`.
         carry: where what the rank does not hold is read and written, as pairs ``rest.…`` of the global's rank; None to drop it.
 
     Raises:
@@ -56,18 +58,19 @@ def product_mean(
     """
     return pairs_mean(
         incoming, updates, out, scale, lambda _, before, differences, rest: mean_product(before, differences, weights, rest, carry=carry is not None),
-        carry,
+        carry, ranks,
     )  # fmt: skip
 
 
 def pairs_mean(
     incoming: TensorFile, updates: Mapping[str, Update], out: Path, scale: float,
     best_of: Callable[[str, LoraPair, Mapping[str, LoraPair], LoraPair | None], Best], carry: ServerState | None = None,
+    ranks: Iterable[int] = (),
 ) -> LoraMean:  # fmt: skip
     """Write the next global: of each module the pair that ``best_of`` makes of (module, incoming pair, differences by silo, what was carried).
 
     Args:
-        scale, carry: as `product_mean`.
+        scale, carry, ranks: as `product_mean`.
 
     Raises:
         ValueError, UpdateRefused, SilotuneError: as `product_mean`.
@@ -75,7 +78,10 @@ def pairs_mean(
     reader = _Reader(incoming, updates)
     residuals, spectra, squares = {}, {}, 0.0
     with ExitStack() as files:
-        target = files.enter_context(tensor_writer(out, reader.shapes, "F32", METADATA))
+        folded = {name: entry.shape for name, entry in incoming.entries.items() if name.endswith(DELTA)}  # by another strategy, earlier
+        target = files.enter_context(tensor_writer(out, reader.shapes | folded, "F32", METADATA))
+        for name in folded:
+            target.write(name, to_bytes(incoming.read(name), "F32"))
         state = None
         if carry:
             shapes = {REST + name: shape for name, shape in reader.shapes.items()}
@@ -84,11 +90,12 @@ def pairs_mean(
             before, differences = reader.pairs(module)
             carried = _pair(carry.before, REST + module) if carry and carry.before else None
             best = best_of(module, before, differences, carried)
-            _write(target, module, best.pair)
+            pair = aligned(best.pair, before, ranks)
+            _write(target, module, pair)
             if state and best.rest:
                 _write(state, REST + module, best.rest)
             residuals[module], spectra[module] = best.spectrum.residual, best.spectrum
-            squares += distance(best.pair, before) ** 2
+            squares += distance(pair, before) ** 2
         norms = reader.norms()
     return LoraMean(norms, scale * math.sqrt(squares), residuals, spectra)
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,10 +46,7 @@ def mean_product(
     incoming: LoraPair, differences: Mapping[str, LoraPair], weights: Mapping[str, float], carried: LoraPair | None = None, *,
     carry: bool = False,
 ) -> Best:  # fmt: skip
-    """The next global's pair: the best of the incoming one's rank for Σ wᵢ(BᵢAᵢ + tailᵢ) / Σ wᵢ + what is carried.
-
-    Directions that the mean does not have would be zero in both factors, and no gradient would ever move them again. There B is zero and A is the
-    incoming one's: the product is the same, and where all is zero, as B is before the first round, nothing changes.
+    """The best pair of the incoming one's rank, balanced, for Σ wᵢ(BᵢAᵢ + tailᵢ) / Σ wᵢ + what is carried.
 
     Args:
         incoming: what silos began from, each with its own first rows and columns; ordered as `Best.pair` is, or of a zero product.
@@ -63,9 +60,7 @@ def mean_product(
         SilotuneError: a factor overflows float32.
     """
     b, a = stacked(incoming, differences, weights, carried)
-    best = best_of_rank(b, a, incoming.rank, incoming.rank if carry else 0)
-    dead = np.abs(best.pair.b).max(axis=0) == 0
-    return replace(best, pair=LoraPair(best.pair.b, np.where(dead[:, None], incoming.a, best.pair.a)))
+    return best_of_rank(b, a, incoming.rank, incoming.rank if carry else 0)
 
 
 def best_of_rank(b: np.ndarray, a: np.ndarray, rank: int, beyond: int = 0) -> Best:

@@ -17,7 +17,6 @@ with matrices of n × n, n = Σ rᵢ + R. In memory: those stacks in float64, tw
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -44,7 +43,7 @@ def weighed_product(incoming: LoraPair, differences: Mapping[str, LoraPair], coe
         left.append(c * pair.b.astype(np.float64))  # Σ cᵢΔPᵢ = Σ cᵢΔBᵢ(A₀+ΔAᵢ) + B₀ Σ cᵢΔAᵢ
         right.append(a0[: pair.rank] + pair.a)
         last[: pair.rank] += c * pair.a.astype(np.float64)
-    return _alive(best_of_rank(np.hstack([*left, b0]), np.vstack([*right, last]), incoming.rank), incoming)
+    return best_of_rank(np.hstack([*left, b0]), np.vstack([*right, last]), incoming.rank)
 
 
 def rule_on_products(
@@ -70,7 +69,7 @@ def rule_on_products(
     scales = np.ones(len(silos)) if factors is None else np.array([factors[silo] for silo in silos])
     cores = _combined([c * (u.T @ x) for c, x in zip(scales, lefts, strict=True)], [y @ v for y in rights], rule)
     full = r_left[:, -incoming.rank :] @ r_right[:, -incoming.rank :].T + u @ cores @ v.T
-    return _alive(best_of_rank(q_left @ full, q_right.T, incoming.rank), incoming)
+    return best_of_rank(q_left @ full, q_right.T, incoming.rank)
 
 
 def _basis(lefts: list[np.ndarray], rights: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -95,9 +94,3 @@ def _combined(lefts: list[np.ndarray], rights: list[np.ndarray], rule: Rule) -> 
         strips = [(x[start : start + step] @ y).reshape(-1) for x, y in zip(lefts, rights, strict=True)]
         out[start : start + step] = rule(np.stack(strips)).reshape(-1, width)
     return out
-
-
-def _alive(best: Best, incoming: LoraPair) -> Best:
-    """Where a direction of the best pair is zero, A stays as it was, so that B's gradient is not zero there for good (`product`)."""
-    dead = np.asarray(~best.pair.b.any(axis=0))
-    return replace(best, pair=LoraPair(best.pair.b, np.where(dead[:, None], incoming.a, best.pair.a)))

@@ -259,8 +259,7 @@ def test_before_the_first_step_nothing_changes() -> None:
     """B = 0 at round 1, and nobody has moved."""
     incoming = LoraPair(np.zeros((OUT, RANK), np.float32), pair(1).a)
     found = mean_product(incoming, {"a": zero(), "b": zero(2)}, {"a": 1.0, "b": 2.0}, carry=True)
-    assert found.pair.b.tobytes() == incoming.b.tobytes()
-    assert found.pair.a.tobytes() == incoming.a.tobytes()
+    assert not found.pair.b.any()
     assert (found.spectrum.residual, found.spectrum.effective_rank, found.spectrum.stable_rank) == (0.0, 0.0, 0.0)
     assert found.rest
     assert not found.rest.product().any()
@@ -271,17 +270,6 @@ def test_first_round_from_a_zero_b() -> None:
     differences = silos(5)
     weights = dict.fromkeys(differences, 1.0)
     agree(mean_product(incoming, differences, weights), by_hand(incoming, differences, weights), RANK)
-
-
-def test_directions_that_are_lost_can_be_learned_again() -> None:
-    """Zero in both factors is a saddle: no gradient moves either. So A keeps the incoming rows there, and the product is the same."""
-    incoming = LoraPair(np.zeros((OUT, RANK), np.float32), pair(1).a)
-    own = pair(2, 1)
-    found = mean_product(incoming, {"a": LoraPair(own.b, own.a)}, {"a": 1.0}).pair
-    assert not found.b[:, 1:].any()
-    assert found.a[1:].tobytes() == incoming.a[1:].tobytes()
-    expected = own.b.astype(np.float64) @ (incoming.a[:1].astype(np.float64) + own.a)
-    assert np.linalg.norm(found.product() - expected) <= ATOL * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("width", [6, 60])

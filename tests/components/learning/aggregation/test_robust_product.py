@@ -118,13 +118,3 @@ def test_factors_scale_changes_before_the_rule() -> None:
     np.testing.assert_allclose(none, incoming.product(), atol=1e-5)
     half = rule_on_products(incoming, {"a": pair(1)}, median(), {"a": 0.5}).pair.product()
     np.testing.assert_allclose(half, best(incoming.product() + change(incoming, pair(1)) / 2), atol=1e-5 * np.abs(half).max())
-
-
-@EVERY
-def test_where_nothing_was_learnt_a_stays_alive(rule: Rule) -> None:
-    """Before the first round B is zero; if silos then change A only, products are as they were."""
-    incoming = LoraPair(np.zeros((OUT, R), np.float32), pair(0).a)
-    only_a = {f"s{i}": LoraPair(np.zeros((OUT, R), np.float32), pair(i).a) for i in range(1, 6)}
-    got = rule_on_products(incoming, only_a, rule).pair
-    assert not got.b.any()
-    assert (got.a == incoming.a).all()
