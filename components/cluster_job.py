@@ -2,12 +2,14 @@
 
     run(federation, silo, box, turn)      what a silo's box does on Kubernetes instead of `silo_job.supervise`
 
-The launcher needs one right, on Jobs: create, get, list, watch, delete. All that it says follows from the Job's own conditions and, of a
+The launcher needs one right, on Jobs: create, get, list, watch, delete; with ``placement.trainer: trainjob`` the same on TrainJobs. All that it says follows from the Job's own conditions and, of a
 training, from what the silo has put into the store, which is the truth. Where pods may be read, too, reasons become finer (in brackets):
 
     ok                                       the Job is complete [for preprocess: with the digests of base and tokenizer]
     late: past the deadline                  the Job's deadline has passed
     late: never started                      its pod was not running by then [late: unschedulable: insufficient nvidia.com_gpu]
+    late: not all nodes started              of a training on several nodes, some were not running by then
+    late: suspended                          a queue has kept its TrainJob back
     refused: by the silo                     the silo's step refused
     refused: forbidden                       the silo's cluster does not let the launcher handle Jobs
     refused: admission policy: image         the silo's admission policy, with the first word of its message
@@ -15,7 +17,7 @@ training, from what the silo has put into the store, which is the truth. Where p
     failed: out of memory or killed          exit code 137 [out of memory]
     failed: evicted or node lost             the pod was disrupted [evicted, preempted, node lost]
     failed: image cannot be pulled           [only there; else it never started]
-    failed: quota exceeded, not authenticated, no such namespace, Job not valid,
+    failed: quota exceeded, not authenticated, no such namespace, no Kubeflow Trainer, Job not valid,
             Job deleted, nothing in the store, its pod failed, cluster unreachable
 
 Whatever ends a launcher, SIGTERM included, leaves its Job running: a launcher that is evicted comes back and finds the Job by its name, and a
@@ -34,10 +36,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from silotune.components import job_manifest
+from silotune.components import job_manifest, train_job
 from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.federation import Federation
-from silotune.components.job_end import NO_IMAGE, End, condition_of, is_running, pending, verdict, why_pending
+from silotune.components.job_end import (
+    NEVER_STARTED,
+    NO_IMAGE,
+    SOME_NEVER_STARTED,
+    SUSPENDED,
+    End,
+    condition_of,
+    is_running,
+    is_suspended,
+    pending,
+    verdict,
+    why_pending,
+)  # fmt: skip
 from silotune.components.job_manifest import Manifest
 from silotune.components.jobs_api import NOT_AUTHENTICATED, Exists, JobsApi, TryAgain, connect
 from silotune.components.progress import tell
@@ -57,6 +71,7 @@ class Clock:
     """Time as the launcher sees it, in seconds."""
 
     now: Callable[[], float] = time.monotonic
+    unix: Callable[[], float] = time.time  # for the silo, which compares it with its own
     sleep: Callable[[float], None] = time.sleep
     share: Callable[[], float] = random.random  # in [0, 1): spreads tries
 
@@ -87,10 +102,15 @@ def run(
     end = _by_store(federation, silo_id, turn) if box == "train" else None
     if end is None or end.status != "ok":
         try:
-            manifest = job_manifest.job_of(federation, silo_id, box, turn_text)
+            of_trainer = train_job.wanted(silo, box)
+            manifest_of = train_job.train_job_of if of_trainer else job_manifest.job_of
+            deadline = federation.deadline_seconds
+            until = None if deadline is None else math.ceil(clock.unix() + deadline)
+            manifest = manifest_of(federation, silo_id, box, turn_text, until)
             if box == "train":
                 _require_ready(federation, silo_id, turn)
-            end = _Launch(lambda: connect(silo, kubeconfig), manifest, silo_id, clock, watch).outcome()
+            limit = float(job_manifest.longest(federation))
+            end = _Launch(lambda: connect(silo, kubeconfig), manifest, silo_id, clock, watch, limit).outcome()
         except SilotuneError as error:
             end = End("refused" if isinstance(error, RefusedError) else "failed", error.reason, str(error))
         if box == "train":
@@ -138,13 +158,16 @@ def _without_trace(federation: Federation, silo_id: str, turn: Turn, end: End) -
 class _Launch:
     """One launcher's dealings with one Job."""
 
-    def __init__(self, connect: Callable[[], Any], manifest: Manifest, silo: str, clock: Clock, watch: float) -> None:
-        self.api = JobsApi(connect, manifest["metadata"]["namespace"], manifest["metadata"]["name"], clock.now)
+    def __init__(self, connect: Callable[[], Any], manifest: Manifest, silo: str, clock: Clock, watch: float, limit: float) -> None:
+        meta, spec = manifest["metadata"], manifest["spec"]
+        self.api = JobsApi(connect, meta["namespace"], meta["name"], clock.now, of_trainer=manifest["kind"] == "TrainJob")
+        self.nodes = spec["trainer"]["numNodes"] if self.api.of_trainer else spec["parallelism"]
         self.manifest, self.silo, self.clock, self.watch = manifest, silo, clock, watch
         self.of_a_round = manifest["metadata"]["labels"]["silotune.dev/round"] != "0"
-        self.limit = float(manifest["spec"]["activeDeadlineSeconds"])
+        self.limit = limit
         self.until = clock.now() + self.limit
         self.uid = ""
+        self.ready = 0  # the most pods that ran at once
         self.started = False
         self.stuck_since: float | None = None
 
@@ -189,6 +212,9 @@ class _Launch:
         try:
             made = self.api.create(self.manifest)
             self.until = self.clock.now() + self.limit
+            if self.api.of_trainer:
+                same = ("silotune.dev/federation", "silotune.dev/silo")
+                self.api.tidy({name: self.manifest["metadata"]["labels"][name] for name in same})
             return made
         except Exists:
             job, age, _ = self.api.look()
@@ -229,8 +255,11 @@ class _Launch:
         if job["metadata"]["uid"] != self.uid:  # another launcher has made it anew
             self._require_ours(job)
             self.uid = job["metadata"]["uid"]
-        self.started = self.started or bool((job.get("status") or {}).get("ready"))
+        self.ready = max(self.ready, (job.get("status") or {}).get("ready") or 0)
+        self.started = self.started or self.ready > 0
         condition = condition_of(job)
+        if condition and condition["type"] == "Failed" and self.api.of_trainer:
+            condition = self.api.cause() or condition
         return verdict(condition, self.api.pods(self.uid), self.silo) if condition else self._stuck()
 
     def _due(self) -> float:
@@ -247,9 +276,14 @@ class _Launch:
             self.started = True
             return None
         self.api.delete(job["metadata"]["uid"])
-        if self.started:
+        if self.ready >= self.nodes or (self.started and self.nodes == 1):
             return End("late", PAST_DEADLINE)
-        return End("late", pending(pods), "its pod was not running at the deadline; ask the silo for the events of the Job")
+        why = pending([p for p in pods if not is_running(p)])
+        if why == NEVER_STARTED and is_suspended(job):
+            why = SUSPENDED
+        if why == NEVER_STARTED and self.started:
+            why = SOME_NEVER_STARTED
+        return End("late", why, "its pod was not running at the deadline; ask the silo for the events of the Job")
 
     def _stuck(self) -> End | None:
         """The end of a Job whose image cannot be had for so long that it will not be; to be seen only where pods are."""

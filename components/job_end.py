@@ -12,11 +12,14 @@ from typing import Any
 
 from silotune.components.errors import RefusedError
 from silotune.components.job_manifest import Manifest
+from silotune.components.nodes import NodeLost
 from silotune.components.protocol import Status
 from silotune.components.silo_job import PAST_DEADLINE, parse_status
 
 NO_IMAGE = "image cannot be pulled"
 NEVER_STARTED = "never started"
+SOME_NEVER_STARTED = "not all nodes started"
+SUSPENDED = "suspended"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,12 @@ def condition_of(job: Manifest) -> dict[str, Any] | None:
     """The condition that says how a Job ended; None while its pod may still run."""
     conditions = (job.get("status") or {}).get("conditions") or []
     return next((c for c in conditions if c["type"] in ("Complete", "Failed") and c["status"] == "True"), None)
+
+
+def is_suspended(job: Manifest) -> bool:
+    """Whether a queue keeps it back."""
+    conditions = (job.get("status") or {}).get("conditions") or []
+    return any(c["type"] == "Suspended" and c["status"] == "True" for c in conditions)
 
 
 BY_CODE = {
@@ -71,6 +80,11 @@ def _container(pod: Manifest) -> dict[str, Any]:
     """The state of the pod's container: one of waiting, running and terminated."""
     statuses = (pod.get("status") or {}).get("containerStatuses") or [{}]
     return dict(statuses[0].get("state") or {})
+
+
+def _index(pod: Manifest) -> int:
+    """Which of a Job's pods it is."""
+    return int((pod["metadata"].get("annotations") or {}).get("batch.kubernetes.io/job-completion-index", 0))
 
 
 def is_running(pod: Manifest) -> bool:
@@ -127,15 +141,18 @@ def verdict(condition: dict[str, Any], pods: list[Manifest], silo: str) -> End:
     Args:
         pods: those of the Job that may be seen; without any, the reason is coarser.
     """
-    told = next((t for p in pods if (t := told_by(p, silo))), None)
+    pods = sorted(pods, key=_index)  # the first of several nodes speaks for all
+    tellings = [t for p in pods if (t := told_by(p, silo))]
     if condition["type"] == "Complete":
-        return told or End("ok")
+        return tellings[0] if tellings else End("ok")
     end = failure(condition)
-    if end.status == "late" and pods and not any(is_running(p) or is_terminated(p) for p in pods):
-        return End("late", pending(pods))
-    if told:
+    if end.status == "late" and (waiting := [p for p in pods if not is_running(p) and not is_terminated(p)]):
+        return End("late", pending(waiting))
+    # Of several nodes, one that has ended well, or only for the loss of another, does not say why.
+    if told := next((t for t in tellings if t.status != "ok" and t.reason != NodeLost.REASON), None):
         return told
-    finer = next((why for p in pods if (why := why_failed(p))), "")
+    reasons = [why for p in pods if (why := why_failed(p))]
+    finer = next((why for why in reasons if why == "out of memory"), next(iter(reasons), ""))
     return End("failed", finer) if finer and end.status == "failed" else end
 
 

@@ -1,11 +1,15 @@
 """A silo's work as a Kubernetes Job, written down: what a placement asks of the cluster, in the one shape that a silo admits.
 
 The shape is pinned by the silo's own admission policy (``k8s/base/silo/admission.yaml``): one container, ``python -m
-silotune.components.silo_job BOX FILE SILO [TURN]``, an image by digest, the silo's claim at /silo, its signing key at /keys, its copy of the
-federation file at /federation, no account token, a read-only root, a deadline, one try. Nothing else that a coordinator could choose reaches
-the silo's records.
+silotune.components.silo_job BOX FILE SILO [TURN] [until:TIME]``, an image by digest, the silo's claim at /silo, its signing key at /keys, its
+copy of the federation file at /federation, no account token, a read-only root, a deadline, one try. Nothing else that a coordinator could
+choose reaches the silo's records.
 
-A Job's name follows from federation, silo, box and turn, so that whoever launches the same work a second time finds the first one.
+A Job's name follows from federation, silo, box and turn, so that whoever launches the same work a second time finds the first one. The time
+``until`` which the silo may work, in Unix seconds, is no part of it: a Job that is found keeps the time it was made with.
+
+Only the train box uses more than one GPU or pod. On several nodes it is an Indexed Job: pod 0 is found under the name of the headless Service
+`SERVICE`, which the silo has set up, and what torchrun would say stands in its environment (see `nodes`).
 """
 
 from __future__ import annotations
@@ -28,6 +32,10 @@ CLAIMS = [Claim(claim="silotune-silo", mount="/silo")]
 KEYS = {"AWS_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY"}
 SECRETS = [SecretUse(name="silotune-keys", mount="/keys"), SecretUse(name="silotune-s3", env=KEYS)]
 STORE = ("silotune-store", ("AWS_ENDPOINT_URL", "AWS_REGION"))  # ConfigMap of the silo that says where the store is
+# And, in the same ConfigMap, how the store is reached in a network with proxies and an authority of its own, whose file lies in `AUTHORITY`.
+WAY = ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
+AUTHORITY = ("silotune-ca", "/ca")  # ConfigMap, which need not be there, and its folder
+SERVICE = "silotune-nodes"  # headless, of the silo: gives the pods of a training on several nodes their names
 USER = 1000
 MEMORY = "4Gi"  # where the placement says nothing: a silo admits no Job without a limit
 MARGIN = 60  # seconds that a Job may live past the round's deadline, to start and to say that it was late
@@ -51,22 +59,18 @@ def require_possible(silo: Silo) -> None:
         problems.append(f"{where}.namespace: is required with launcher: job; give the silo's own namespace")
     if p.image is None or not re.fullmatch(r"[a-z0-9./:_-]+@sha256:[0-9a-f]{64}", p.image):
         problems.append(f"{where}.image: must name an image by digest, registry/name@sha256:…, got {p.image!r}; a tag can be moved")
-    problems += several_processes(silo)
     if problems:
         raise FederationError("\n".join(problems))
 
 
-def several_processes(silo: Silo) -> list[str]:
-    """What a placement asks for that the train step cannot use: it trains in one process on one GPU, so that more would stand idle."""
-    p, where = silo.placement, f"silo {silo.id!r}: placement"
-    one = "the train step is one process on one GPU"
+def one_pod(silo: Silo) -> list[str]:
+    """What a placement asks for that a pipeline's own task, which is one pod, cannot give."""
+    p, where, cure = silo.placement, f"silo {silo.id!r}: placement", "use launcher: job, or leave it out"
     problems = []
-    if p.gpus > 1:
-        problems.append(f"{where}.gpus: must be 0 or 1, got {p.gpus}: {one}; set 1, and training.accumulation for larger batches")
     if p.nodes > 1:
-        problems.append(f"{where}.nodes: must be 1, got {p.nodes}: {one}; set 1, or split the silo's records over several silos")
+        problems.append(f"{where}.nodes: must be 1 with launcher: pod, where a task is one pod, got {p.nodes}; {cure}")
     if p.trainer != "job":
-        problems.append(f"{where}.trainer: must be job, got {p.trainer!r}: {one}; leave it out until training runs on several nodes")
+        problems.append(f"{where}.trainer: must be job with launcher: pod, where the task itself trains, got {p.trainer!r}; {cure}")
     return problems
 
 
@@ -93,49 +97,68 @@ def labels(federation: str, silo: str, box: str, turn_text: str) -> dict[str, st
     }
 
 
-def job_of(federation: Federation, silo_id: str, box: str, turn_text: str = "") -> Manifest:
+def job_of(federation: Federation, silo_id: str, box: str, turn_text: str = "", until: int | None = None) -> Manifest:
     """The Job of one box of one silo in one turn, ready to be created.
+
+    Args:
+        until: Unix time in seconds at which the silo's time for it is over, Pending included.
 
     Raises:
         FederationError: the silo's placement cannot become one.
     """
     silo = federation.silo(silo_id)
     require_possible(silo)
+    p, name = silo.placement, job_name(federation.name, silo_id, box, turn_text)
     marks = labels(federation.name, silo_id, box, turn_text)
+    gpus, nodes = share(p, box)
+    pod = pod_of(p, gpus)
+    pod["containers"][0] |= {"args": words(box, silo_id, turn_text, until)}
+    pod["containers"][0]["env"] += [{"name": n, "value": v} for n, v in _together(name, gpus, nodes).items()]
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {
-            "name": job_name(federation.name, silo_id, box, turn_text),
-            "namespace": silo.placement.namespace,
-            "labels": marks,
-            "annotations": {"silotune.dev/turn": turn_text},
-        },
+        "metadata": {"name": name, "namespace": p.namespace, "labels": marks, "annotations": {"silotune.dev/turn": turn_text}},
         "spec": {
-            "completions": 1,
-            "parallelism": 1,
+            "completions": nodes,
+            "parallelism": nodes,
+            **({"completionMode": "Indexed"} if nodes > 1 else {}),
             "backoffLimit": 0,  # another try is another attempt, which the coordinator opens
             "activeDeadlineSeconds": longest(federation),
             "ttlSecondsAfterFinished": KEPT,
-            "podFailurePolicy": {"rules": _rules()},
-            "template": {"metadata": {"labels": marks}, "spec": _pod(silo.placement, [box, FEDERATION_FILE, silo_id, *_words(turn_text)])},
+            "podFailurePolicy": {"rules": rules(CONTAINER)},
+            "template": {"metadata": {"labels": marks}, "spec": pod | ({"subdomain": SERVICE} if nodes > 1 else {})},
         },
     }
 
 
-def _words(turn_text: str) -> list[str]:
-    return [turn_text] if turn_text else []
+def share(p: Placement, box: str) -> tuple[int, int]:
+    """(GPUs per pod, pods) of a box: one process on one GPU does all but training."""
+    return (p.gpus, p.nodes) if box == "train" else (min(p.gpus, 1), 1)
 
 
-def _rules() -> list[dict[str, Any]]:
-    """Makes the Job's own condition say how its pod failed, for a launcher that may not see pods: which of the two, and the exit code."""
+def words(box: str, silo_id: str, turn_text: str, until: int | None) -> list[str]:
+    """The arguments of `COMMAND`."""
+    return [box, FEDERATION_FILE, silo_id, *([turn_text] if turn_text else []), *([] if until is None else [f"until:{until}"])]
+
+
+def _together(name: str, gpus: int, nodes: int) -> dict[str, str]:
+    """What torchrun would tell each pod; which one it is, the Job's controller says (JOB_COMPLETION_INDEX)."""
+    processes = {"PET_NPROC_PER_NODE": str(gpus)} if gpus > 1 else {}
+    return processes | ({"PET_NNODES": str(nodes), "PET_MASTER_ADDR": f"{name}-0.{SERVICE}"} if nodes > 1 else {})
+
+
+def rules(container: str) -> list[dict[str, Any]]:
+    """Makes the Job's own condition say how its pod failed, for a launcher that may not see pods: which of the two, and the exit code. The end
+    of one of several pods ends all.
+    """
     return [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": "FailJob", "onExitCodes": {"containerName": CONTAINER, "operator": "NotIn", "values": [0]}},
+        {"action": "FailJob", "onExitCodes": {"containerName": container, "operator": "NotIn", "values": [0]}},
     ]
 
 
-def _pod(p: Placement, arguments: list[str]) -> dict[str, Any]:
+def pod_of(p: Placement, gpus: int, container: str = CONTAINER) -> dict[str, Any]:
+    """The pod, but for its arguments."""
     volumes, mounts = _storage(p)
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
@@ -151,12 +174,11 @@ def _pod(p: Placement, arguments: list[str]) -> dict[str, Any]:
         },
         "containers": [
             {
-                "name": CONTAINER,
+                "name": container,
                 "image": p.image,
                 "command": COMMAND,
-                "args": arguments,
                 "env": _environment(p),
-                "resources": _resources(p),
+                "resources": resources(p, gpus),
                 "volumeMounts": mounts,
                 "terminationMessagePolicy": "File",
                 "securityContext": {
@@ -189,7 +211,7 @@ def _environment(p: Placement) -> list[dict[str, Any]]:
     return [
         *({"name": n, "value": v} for n, v in fixed.items()),
         *({"name": n, "valueFrom": {"secretKeyRef": {"name": s.name, "key": k}}} for s in secrets for n, k in s.env.items()),
-        *({"name": k, "valueFrom": {"configMapKeyRef": {"name": name, "key": k, "optional": True}}} for k in keys),
+        *({"name": k, "valueFrom": {"configMapKeyRef": {"name": name, "key": k, "optional": True}}} for k in (*keys, *WAY)),
     ]
 
 
@@ -199,10 +221,11 @@ def whole_cpus(quantity: str) -> int:
     return max(1, int(cpus))
 
 
-def _resources(p: Placement) -> dict[str, Any]:
+def resources(p: Placement, gpus: int) -> dict[str, Any]:
+    """Requests and limits of one pod."""
     memory = {"memory": p.memory or MEMORY} | ({"ephemeral-storage": p.ephemeral_storage} if p.ephemeral_storage else {})
-    gpus = {p.gpu_type: str(p.gpus)} if p.gpus else {}
-    return {"requests": memory | ({"cpu": p.cpu} if p.cpu else {}) | gpus, "limits": memory | gpus}
+    devices = {p.gpu_type: str(gpus)} if gpus else {}
+    return {"requests": memory | ({"cpu": p.cpu} if p.cpu else {}) | devices, "limits": memory | devices}
 
 
 def _storage(p: Placement) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -221,6 +244,8 @@ def _storage(p: Placement) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         if s.mount:
             add(s.mount, {"secret": {"secretName": s.name, "defaultMode": 0o440}}, read_only=True)
     add("/federation", {"configMap": {"name": p.config_map or CONFIG_MAP}}, read_only=True)
+    name, folder = AUTHORITY
+    add(folder, {"configMap": {"name": name, "optional": True}}, read_only=True)
     add("/tmp", {"emptyDir": {}}, read_only=False, name="scratch")  # noqa: S108
     add("/dev/shm", {"emptyDir": {"medium": "Memory"}}, read_only=False, name="shm")  # noqa: S108
     return volumes, mounts

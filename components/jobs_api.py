@@ -1,6 +1,7 @@
-"""One Job at a Kubernetes API server that may be slow, away, or short with its answers.
+"""One Job, or TrainJob, at a Kubernetes API server that may be slow, away, or short with its answers.
 
-`JobsApi` makes, finds, follows and deletes one Job by its name, and sees its pods where that is allowed. Whatever is worth trying again is a
+`JobsApi` makes, finds, follows and deletes one Job by its name, and sees its pods where that is allowed. A TrainJob comes out in the shape of
+a Job (`train_job.as_job`). Whatever is worth trying again is a
 `TryAgain`, whatever is the silo's decision a RefusedError; when and how often to try is for the caller to say. Versions that the server has
 forgotten, watches that break in the middle of a line and answers that are lost all come out as TryAgain: the cure is one, to look again.
 """
@@ -18,6 +19,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
+from silotune.components import train_job
 from silotune.components.errors import FederationError, RefusedError, SilotuneError, UnreachableError
 from silotune.components.federation import Silo
 from silotune.components.job_manifest import Manifest
@@ -41,10 +43,13 @@ class JobsApi:
 
     Args:
         connect: makes a client; called again where the server no longer knows the one there is, since a token may have been renewed.
+        of_trainer: it is a TrainJob.
     """
 
-    def __init__(self, connect: Callable[[], Any], namespace: str, name: str, now: Callable[[], float] = time.monotonic) -> None:
-        self.namespace, self.name = namespace, name
+    def __init__(
+        self, connect: Callable[[], Any], namespace: str, name: str, now: Callable[[], float] = time.monotonic, *, of_trainer: bool = False
+    ) -> None:  # fmt: skip
+        self.namespace, self.name, self.of_trainer = namespace, name, of_trainer
         self.heard = now()  # when the server last answered well
         self._connect, self._now = connect, now
         self._sees_pods = True
@@ -55,17 +60,52 @@ class JobsApi:
         from kubernetes import client
 
         api = self._connect()
-        self._jobs, self._pods = client.BatchV1Api(api), client.CoreV1Api(api)
+        self._pods, self._jobs, custom = client.CoreV1Api(api), client.BatchV1Api(api), client.CustomObjectsApi(api)
+        self._create: Callable[..., Any] = self._jobs.create_namespaced_job  # (namespace, body)
+        self._list: Callable[..., Any] = self._jobs.list_namespaced_job  # (namespace)
+        self._delete: Callable[..., Any] = self._jobs.delete_namespaced_job  # (name, namespace)
+        if self.of_trainer:
+            group, version, plural = train_job.API
+            self._create = lambda at, body, **more: custom.create_namespaced_custom_object(group, version, at, plural, body, **more)
+            self._list = lambda at, **more: custom.list_namespaced_custom_object(group, version, at, plural, **more)
+            self._delete = lambda name, at, **more: custom.delete_namespaced_custom_object(group, version, at, plural, name, **more)
 
     def create(self, manifest: Manifest) -> Manifest:
         """Raises Exists where the name is taken."""
-        return self._json(self._jobs.create_namespaced_job, self.namespace, manifest)[0]
+        return self._seen(self._json(self._create, self.namespace, manifest)[0])
 
     def look(self) -> tuple[Manifest | None, float, str]:
         """The Job or None, its age in seconds by the server's own clock, and the version to watch from."""
-        found, date = self._json(self._jobs.list_namespaced_job, self.namespace, field_selector=f"metadata.name={self.name}")
+        found, date = self._json(self._list, self.namespace, field_selector=f"metadata.name={self.name}")
         job = next(iter(found["items"]), None)
-        return job, _age(job, date) if job else 0.0, found["metadata"]["resourceVersion"]
+        return self._seen(job) if job else None, _age(job, date) if job else 0.0, found["metadata"]["resourceVersion"]
+
+    def _seen(self, thing: Manifest) -> Manifest:
+        return train_job.as_job(thing) if self.of_trainer else thing
+
+    def cause(self) -> Manifest | None:
+        """Of a TrainJob, which only says that it has failed: the condition that its own Job ended with; None where there is none to see."""
+        try:
+            name = f"metadata.name={train_job.child_name(self.name)}"
+            jobs = self._json(self._jobs.list_namespaced_job, self.namespace, field_selector=name)[0]["items"]
+        except SilotuneError:
+            return None  # it would only say why
+        return next(
+            (c for j in jobs for c in (j.get("status") or {}).get("conditions") or [] if c["type"] == "Failed" and c["status"] == "True"),
+            None,
+        )
+
+    def tidy(self, labels: Manifest) -> None:
+        """Delete the finished TrainJobs with these labels: unlike a Job, one stands until somebody takes it away, and counts."""
+        selector = ",".join(f"{name}={value}" for name, value in labels.items())
+        try:
+            found = self._json(self._list, self.namespace, label_selector=selector)[0]["items"]
+            for one in found:
+                if one["metadata"]["name"] != self.name and train_job.is_over(one):
+                    body = {"propagationPolicy": "Background", "preconditions": {"uid": one["metadata"]["uid"]}}
+                    self._json(self._delete, one["metadata"]["name"], self.namespace, body=body)
+        except SilotuneError as error:
+            print(f"finished TrainJobs could not be deleted: {error}", file=sys.stderr)
 
     def events(self, version: str, seconds: int) -> Iterator[tuple[str, Manifest]]:
         """Changes of the Job after a version, as (ADDED, MODIFIED or DELETED, Job), for some seconds."""
@@ -73,7 +113,7 @@ class JobsApi:
         from urllib3.exceptions import HTTPError
 
         response = self._call(
-            self._jobs.list_namespaced_job, self.namespace, field_selector=f"metadata.name={self.name}", watch=True,
+            self._list, self.namespace, field_selector=f"metadata.name={self.name}", watch=True,
             allow_watch_bookmarks=True, resource_version=version, timeout_seconds=seconds, _request_timeout=(CONNECT, seconds + ANSWER),
         )  # fmt: skip
         try:
@@ -82,7 +122,7 @@ class JobsApi:
                 if event["type"] == "ERROR":
                     raise TryAgain(f"the watch ended: {event['object'].get('reason')}", AWAY)
                 if event["type"] != "BOOKMARK":
-                    yield event["type"], event["object"]
+                    yield event["type"], self._seen(event["object"])
         except (HTTPError, OSError, ValueError) as error:
             raise TryAgain(f"the watch broke: {type(error).__name__}", AWAY) from None
         finally:
@@ -93,7 +133,7 @@ class JobsApi:
         if not self._sees_pods:
             return []
         try:
-            selector = f"batch.kubernetes.io/controller-uid={uid}"
+            selector = train_job.pods_of(self.name) if self.of_trainer else f"batch.kubernetes.io/controller-uid={uid}"
             return list(self._json(self._pods.list_namespaced_pod, self.namespace, label_selector=selector)[0]["items"])
         except RefusedError:
             self._sees_pods = False
@@ -105,7 +145,7 @@ class JobsApi:
         """Delete the Job ``uid`` and its pod; one that cannot be deleted ends at its own deadline."""
         body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         try:
-            self._json(self._jobs.delete_namespaced_job, self.name, self.namespace, body=body)
+            self._json(self._delete, self.name, self.namespace, body=body)
         except SilotuneError as error:
             print(f"the Job {self.name} could not be deleted: {error}", file=sys.stderr)
 
@@ -129,7 +169,7 @@ class JobsApi:
         try:
             return call(*arguments, _preload_content=False, **({"_request_timeout": (CONNECT, ANSWER)} | more))
         except ApiException as error:
-            raise _problem(error.status, error.body) from None
+            raise _problem(error.status, error.body, self.of_trainer) from None
         except (HTTPError, OSError) as error:
             raise TryAgain(f"the silo's API server cannot be reached: {type(error).__name__}", AWAY) from None
 
@@ -165,7 +205,7 @@ def connect(silo: Silo, kubeconfig: Path | None = None) -> Any:
     return client.ApiClient(settings)
 
 
-def _problem(code: int, body: bytes | str | None) -> Exception:
+def _problem(code: int, body: bytes | str | None, of_trainer: bool) -> Exception:
     """What an answer other than success means."""
     try:
         told = json.loads(body or b"{}")
@@ -185,6 +225,8 @@ def _problem(code: int, body: bytes | str | None) -> Exception:
         return TryAgain(text, NOT_AUTHENTICATED)  # a token that is just being renewed
     if code == 403:
         return RefusedError(text, "forbidden")
+    if code == 404 and of_trainer and 'namespaces "' not in message:
+        return SilotuneError(text, "no Kubeflow Trainer")  # the path itself is unknown
     if code == 404:
         return SilotuneError(text, "no such namespace")
     if code in (400, 422):

@@ -71,11 +71,15 @@ def show_keys(file: File) -> None:
                 typer.echo(f"      - {{public: {key.public}{''.join(f', {k}: {v}' for k, v in rounds.items() if v is not None)}}}")
 
 
-def policies(file: File) -> None:
+def policies(
+    file: File,
+    tls_only: Annotated[bool, typer.Option("--tls-only", help="Also refuse requests that are not encrypted.")] = False,
+    kms_key: Annotated[str, typer.Option(help="ARN of the key that the bucket encrypts with, whose use is then granted.")] = "",
+) -> None:
     """Print the IAM policies that let each party touch only what is its own in the bucket."""
     from silotune.pipelines import policies as iam
 
-    typer.echo(iam.render(_load(file)))
+    typer.echo(iam.render(_load(file), tls_only=tls_only, kms_key=kms_key))
 
 
 def verify(

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from silotune.components import train_job
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation, Silo
 from silotune.components.federation_file import COORDINATOR, is_remote
@@ -34,6 +35,9 @@ MOUNT = "/silo"  # where a Job has the silo's volume
 IMAGE = r"[a-z0-9./:_-]+@sha256:[0-9a-f]{64}"  # as the admission policy asks for it
 ACCOUNT = "silotune/silotune-launcher"  # namespace and name of the coordinator's service account
 MARGIN = 1800  # seconds that a Job may have beyond the deadline: to be scheduled, pull its image, tell its end
+JOBSET = "system:serviceaccount:kubeflow-system:jobset-controller-manager"  # as Kubeflow Trainer's own manifests install it
+GPU_CLASS = "silotune-gpu"  # in k8s/components/gpu
+Patch = tuple[dict[str, str], list[dict[str, Any]]]  # target, JSON patch
 LONGEST = 86400  # seconds a Job may have where the federation has no deadline
 
 
@@ -49,6 +53,8 @@ def write_silo(
     own_cluster: bool = False,
     gpus: int = 0,
     storage: str = "50Gi",
+    priority_classes: Sequence[str] = (),
+    jobset: str = JOBSET,
 ) -> list[Path]:
     """Write a silo's folder, ready for ``kubectl apply -k`` or GitOps; returns its files. Namespace and policy bear the silo's id.
 
@@ -61,12 +67,18 @@ def write_silo(
         own_cluster: the coordinator has no account in the silo's cluster; one is made in the silo's namespace, and its token handed over.
         gpus: how many the silo's Jobs may use together; above 0 adds the runtime class of ``k8s/components/gpu``.
         storage: size of the silo's volume, as Kubernetes writes it.
+        priority_classes: that its Jobs may name, besides the one of its placement.
+        jobset: account that JobSet's controller runs as in the silo's cluster; of use where ``placement.trainer`` is ``trainjob``.
+
+    How many nodes a training may have, and whether it is a TrainJob, follows from the silo's placement; a TrainJob's runtime is written with it.
 
     Raises:
         FederationError: no such silo; a file that cannot run on Kubernetes; an argument of the wrong form; the folder is not empty.
     """
     silo = federation.silo(silo_id)
-    problems = [*_unfit(federation, silo), *_malformed(images, store_cidrs, endpoint, launcher, storage)]
+    if silo.placement.priority_class:
+        priority_classes = sorted({*priority_classes, silo.placement.priority_class})
+    problems = [*_unfit(federation, silo), *_malformed(images, store_cidrs, endpoint, launcher, storage, priority_classes, jobset)]
     if problems:
         raise FederationError("\n".join([f"silo {silo_id} cannot be onboarded: {len(problems)} to correct", *(f"  {p}" for p in problems)]))
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -74,21 +86,27 @@ def write_silo(
     policy = silo_policy(federation, silo_id, tls_only=not endpoint.startswith("http://"))
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(MANIFESTS / "base" / "silo", folder / "base", ignore=shutil.ignore_patterns("__*"))
-    if gpus:
-        shutil.copytree(MANIFESTS / "components" / "gpu", folder / "gpu", ignore=shutil.ignore_patterns("__*"))
+    by_trainer = silo.placement.trainer == "trainjob"
+    parts = [name for name, wanted in (("gpu", gpus), ("trainjob", by_trainer)) if wanted]
+    for part in parts:
+        shutil.copytree(MANIFESTS / "components" / part, folder / part, ignore=shutil.ignore_patterns("__*"))
     namespace = f"silotune-{silo_id}"
     account = f"{namespace}/silotune-launcher" if own_cluster else launcher
     if own_cluster:
         (folder / "launcher.yaml").write_text(_handout("launcher.yaml").format(namespace=namespace))
-    patches = _patches(federation, silo_id, images, store_cidrs, endpoint, account, gpus, storage)
+    patches = _patches(federation, silo, images, store_cidrs, endpoint, account, gpus, storage)
+    patches += [*_classes(priority_classes), *_several(silo.placement.nodes)]
+    patches += _trainer(federation, silo, images[0], gpus, jobset) if by_trainer else []
     kustomization: dict[str, Any] = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "resources": ["base", *(["launcher.yaml"] if own_cluster else [])],
-        **({"components": ["gpu"]} if gpus else {}),
+        **({"components": parts} if parts else {}),
         "configMapGenerator": [{"name": "silotune-federation", "namespace": namespace, "files": ["federation.yaml"]}],
         "generatorOptions": {"disableNameSuffixHash": True},
-        "patches": [{"target": target, "patch": yaml.safe_dump(operations, sort_keys=False, width=140)} for target, operations in patches],
+        "patches": [
+            {"target": target, "patch": yaml.dump(operations, Dumper=_Plain, sort_keys=False, width=140)} for target, operations in patches
+        ],
     }
     head = f"# Silo {silo_id} of federation {federation.name}: what of base/ is this silo's own. README.md says what it grants.\n"
     (folder / "kustomization.yaml").write_text(head + yaml.dump(kustomization, Dumper=_Blocks, sort_keys=False, width=140))
@@ -116,7 +134,9 @@ def _unfit(federation: Federation, silo: Silo) -> list[str]:
     return problems
 
 
-def _malformed(images: Sequence[str], cidrs: Sequence[str], endpoint: str, launcher: str, storage: str) -> list[str]:
+def _malformed(
+    images: Sequence[str], cidrs: Sequence[str], endpoint: str, launcher: str, storage: str, classes: Sequence[str], jobset: str
+) -> list[str]:
     problems = [
         f"image: must be registry/name@sha256:<64 hex digits>, got {i!r}; a tag can change its content" for i in images if not _is(IMAGE, i)
     ]
@@ -132,6 +152,11 @@ def _malformed(images: Sequence[str], cidrs: Sequence[str], endpoint: str, launc
         problems.append(f"endpoint: must be http(s)://host[:port], got {endpoint!r}; empty is AWS")
     if not _is(r"[a-z0-9-]{1,63}/[a-z0-9.-]{1,253}", launcher):
         problems.append(f"launcher: must be namespace/service-account, got {launcher!r}; the usual one is {ACCOUNT}")
+    for name in classes:
+        if not _is(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", name) or name.startswith("system-"):
+            problems.append(f"priority class: must be a name that is not the cluster's own system-…, got {name!r}; name one for such work")
+    if not _is(r"system:serviceaccount:[a-z0-9-]{1,63}:[a-z0-9.-]{1,253}", jobset):
+        problems.append(f"jobset: must be system:serviceaccount:namespace:name, got {jobset!r}; the usual one is {JOBSET}")
     if not _is(r"[1-9][0-9]*(Gi|Ti)", storage):
         problems.append(f"storage: must be a size such as 50Gi, got {storage!r}")
     return problems
@@ -141,29 +166,34 @@ def _is(pattern: str, text: str) -> bool:
     return re.fullmatch(pattern, text) is not None
 
 
+def put(path: str, value: Any) -> dict[str, Any]:
+    """An operation of a JSON patch; `add` also replaces what is there."""
+    return {"op": "add", "path": path, "value": value}
+
+
+def _seconds(federation: Federation) -> int:
+    """The longest a Job may take."""
+    return int(federation.deadline_seconds) + MARGIN if federation.deadline_seconds else LONGEST
+
+
 def _patches(
-    federation: Federation, silo: str, images: Sequence[str], cidrs: Sequence[str], endpoint: str, account: str, gpus: int, storage: str
-) -> list[tuple[dict[str, str], list[dict[str, Any]]]]:
-    """(target, JSON patch) of all that differs from ``k8s/base/silo``."""
-
-    def put(path: str, value: Any) -> dict[str, Any]:  # `add` also replaces what is there
-        return {"op": "add", "path": path, "value": value}
-
-    namespace, policy = f"silotune-{silo}", f"silotune-jobs-{silo}"
-    seconds = int(federation.deadline_seconds) + MARGIN if federation.deadline_seconds else LONGEST
+    federation: Federation, silo: Silo, images: Sequence[str], cidrs: Sequence[str], endpoint: str, account: str, gpus: int, storage: str
+) -> list[Patch]:
+    """All that differs from ``k8s/base/silo``."""
+    namespace = f"silotune-{silo.id}"
     port = int(match[1]) if (match := re.search(r":(\d+)/?$", endpoint)) else 80 if endpoint.startswith("http://") else 443
     subject_namespace, subject = account.split("/")
     flow = [put("/spec/egress/0/ports/0/port", port)]
     if cidrs:
         flow.append(put("/spec/egress/0/to", [{"ipBlock": {"cidr": cidr}} for cidr in cidrs]))
-    patches: list[tuple[dict[str, str], list[dict[str, Any]]]] = [
+    patches: list[Patch] = [
         ({"namespace": NAMESPACE}, [put("/metadata/namespace", namespace)]),
         ({"kind": "Namespace", "name": NAMESPACE}, [put("/metadata/name", namespace)]),
         (
             {"kind": "ConfigMap", "name": "silotune-job-terms"},
             [
-                put("/data/silo", silo),
-                put("/data/maxSeconds", str(seconds)),
+                put("/data/silo", silo.id),
+                put("/data/maxSeconds", str(_seconds(federation))),
                 *(put(f"/data/image-{i}", v) for i, v in enumerate(images, 1)),
             ],
         ),
@@ -174,24 +204,77 @@ def _patches(
             {"kind": "RoleBinding", "name": "silotune-launcher"},
             [put("/subjects/0/namespace", subject_namespace), put("/subjects/0/name", subject)],
         ),
-        ({"kind": "ValidatingAdmissionPolicy"}, [put("/metadata/name", policy)]),
+        *_admission("silotune-jobs", silo.id),
+    ]
+    if gpus:
+        patches.append(({"kind": "ResourceQuota", "name": "silotune"}, [put("/spec/hard/requests.nvidia.com~1gpu", str(gpus))]))
+        patches.append(({"kind": "ConfigMap", "name": "silotune-job-terms"}, [put("/data/maxGpus", str(gpus))]))
+    return patches
+
+
+def _admission(policy: str, silo: str) -> list[Patch]:
+    """Its own name for a policy, which is cluster-scoped, and the namespace that it holds in."""
+    namespace = f"silotune-{silo}"
+    return [
+        ({"kind": "ValidatingAdmissionPolicy", "name": policy}, [put("/metadata/name", f"{policy}-{silo}")]),
         (
-            {"kind": "ValidatingAdmissionPolicyBinding"},
+            {"kind": "ValidatingAdmissionPolicyBinding", "name": policy},
             [
-                put("/metadata/name", policy),
-                put("/spec/policyName", policy),
+                put("/metadata/name", f"{policy}-{silo}"),
+                put("/spec/policyName", f"{policy}-{silo}"),
                 put("/spec/paramRef/namespace", namespace),
                 put("/spec/matchResources/namespaceSelector/matchLabels/kubernetes.io~1metadata.name", namespace),
             ],
         ),
     ]
-    if gpus:
-        patches.append(({"kind": "ResourceQuota", "name": "silotune"}, [put("/spec/hard/requests.nvidia.com~1gpu", str(gpus))]))
-    return patches
+
+
+def _classes(names: Sequence[str]) -> list[Patch]:
+    operations = [put(f"/data/priorityClass-{i}", name) for i, name in enumerate(names, 1)]
+    return [({"kind": "ConfigMap", "name": "silotune-job-terms"}, operations)] if operations else []
+
+
+def _several(nodes: int) -> list[Patch]:
+    """Room for the pods of a training on several nodes, and a volume that all of them can mount."""
+    if nodes == 1:
+        return []
+    room = {
+        "pods": str(nodes + 2),
+        "requests.cpu": str(16 * nodes),
+        "requests.memory": f"{64 * nodes}Gi",
+        "limits.memory": f"{64 * nodes}Gi",
+    }
+    return [
+        ({"kind": "ConfigMap", "name": "silotune-job-terms"}, [put("/data/maxNodes", str(nodes))]),
+        ({"kind": "ResourceQuota", "name": "silotune"}, [put(f"/spec/hard/{what}", much) for what, much in room.items()]),
+        ({"kind": "PersistentVolumeClaim"}, [put("/spec/accessModes", ["ReadWriteMany"])]),
+    ]
+
+
+def _trainer(federation: Federation, silo: Silo, image: str, gpus: int, jobset: str) -> list[Patch]:
+    """The silo's own runtime, and who may make Jobs of it."""
+    place = silo.placement.model_copy(update={"image": silo.placement.image or image})
+    if gpus and not place.runtime_class:  # a launcher's Job names it; a TrainJob cannot
+        place = place.model_copy(update={"runtime_class": GPU_CLASS})
+    runtime = train_job.runtime_of(place, silo.id, _seconds(federation))
+    job = "/spec/template/spec/replicatedJobs/0/template/spec"
+    (made,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    return [
+        ({"kind": "TrainingRuntime", "name": train_job.RUNTIME}, [put(job, made["template"]["spec"])]),
+        ({"kind": "ConfigMap", "name": "silotune-job-terms"}, [put("/data/jobsetController", jobset)]),
+        *_admission("silotune-trainjobs", silo.id),
+    ]
 
 
 class _Blocks(yaml.SafeDumper):
     """Texts of several lines as blocks, so that the patches can be read."""
+
+
+class _Plain(yaml.SafeDumper):
+    """Without anchors: kustomize reads each patch by itself, and so do people."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 _Blocks.add_representer(
@@ -240,12 +323,37 @@ def _readme(
         todo.append(
             "Name the store's address range in `kustomization.yaml` (NetworkPolicy `jobs-to-store`): until then Jobs reach no store."
         )
+    if silo.placement.nodes > 1:
+        todo.append(
+            f"Have a storage class that several nodes can mount at once: a training has {silo.placement.nodes}, and the claim `silotune-silo` asks for "
+            "`ReadWriteMany` (NFS, CephFS, FSx, Filestore, Azure Files; name it in `kustomization.yaml`). With any other the pods wait for ever."
+        )
+    if silo.placement.trainer == "trainjob":
+        todo.append(
+            "Kubeflow Trainer 2.0 or newer must run in this cluster. `jobsetController` in `kustomization.yaml` is the account that JobSet's "
+            "controller runs as: `kubectl get pods --all-namespaces --selector control-plane=controller-manager "
+            "--output=custom-columns=NS:.metadata.namespace,ACCOUNT:.spec.serviceAccountName` shows it. The runtime `silotune` there is what runs; "
+            "write a new folder after a change of image or placement."
+        )
+    todo.append(
+        "Behind a proxy, or with an authority of the silo's own: `silotune-store` and the ConfigMap `silotune-ca` take them (`base/settings.yaml` "
+        "says which words). Jobs reach a proxy only where `jobs-to-store` names it."
+    )
     if own_cluster:
         todo.append(
             f"Hand the coordinator a kubeconfig with a token that ends: `kubectl --namespace {namespace} create token silotune-launcher "
             "--duration=720h`. Send it encrypted, and make a new one in time."
         )
+    by_trainer = silo.placement.trainer == "trainjob"
+    together = f"The pods of a training (at most {silo.placement.nodes}) reach each other; " if silo.placement.nodes > 1 else ""
+    runtime = (
+        " A *TrainJob* may name the runtime `silotune` of this folder, plain words, how many nodes and what each needs, and nothing else "
+        f"(policy `silotune-trainjobs-{silo.id}`); the Job that becomes of it is held to the same rules."
+    )
     return _handout("README.md").format(
+        kinds="*Jobs* and *TrainJobs*" if by_trainer else "*Jobs*",
+        runtime=runtime if by_trainer else "",
+        together=f"{together}no other way out, none in." if together else "No other way out, none in.",
         silo=silo.id,
         federation=federation.name,
         namespace=namespace,

@@ -8,12 +8,15 @@ AWS's own ("Enforce conditional writes on Amazon S3 buckets"): the second condit
 which cannot carry the header, and leaves its completion, which can. A store that knows neither key (Ceph 16, moto) does not enforce this rule:
 there the digests and signatures in the records find out what was overwritten.
 
+A base model in a bucket can be read by all parties. What else a silo keeps in buckets, records above all, is granted by the silo itself.
+
 Without `s3:ListBucket` a store answers 403 for a key that is missing, so each party may list exactly what it may read: `S3Store` asks so.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from silotune.components.errors import FederationError
@@ -27,14 +30,15 @@ ROUND = "rounds/?????"
 DIGEST = "?" * 64
 
 
-def silo_policy(federation: Federation, silo_id: str, *, tls_only: bool = False) -> Policy:
-    """The IAM policy of one silo's user or role.
+def silo_policy(federation: Federation, silo_id: str, *, tls_only: bool = False, kms_key: str = "") -> Policy:
+    """The IAM policy of one silo's user or role: the store, and where the base model lies in a bucket, to read that.
 
     Args:
         tls_only: also refuse requests that are not encrypted; wrong for an endpoint of plain ``http``.
+        kms_key: ARN of the key that the store's bucket encrypts with (SSE-KMS), whose use is then granted, too.
 
     Raises:
-        FederationError: no such silo, or the store is no bucket.
+        FederationError: no such silo; the store is no bucket; the base model lies in it; the key is no ARN of one.
     """
     silo = federation.silo(silo_id).id
     files = [f"contributions/{silo}/*"]
@@ -60,29 +64,32 @@ def silo_policy(federation: Federation, silo_id: str, *, tls_only: bool = False)
         place.statement("CreateOwn", "s3:PutObject", own),
         place.statement("AbortOwnUploads", "s3:AbortMultipartUpload", files),
         place.listing(given + own),
+        *_base(federation),
+        *_key(kms_key),
         *place.denials(tls_only),
     )
 
 
-def coordinator_policy(federation: Federation, *, tls_only: bool = False) -> Policy:
+def coordinator_policy(federation: Federation, *, tls_only: bool = False, kms_key: str = "") -> Policy:
     """The IAM policy of the coordinator's user or role: this federation, and the probe objects of the store's self-check.
 
     Records can be erased by nobody. Globals can, because one that is damaged in the store is deleted before it is made again.
 
     Args:
-        tls_only: as in `silo_policy`.
+        tls_only, kms_key: as in `silo_policy`.
 
     Raises:
-        FederationError: the store is no bucket.
+        FederationError: as there.
     """
     place = _Place(federation)
-    files = ["objects/*", "exports/*"]
+    files = ["objects/*", "partials/*", "exports/*"]
     records = [
         "agreements/*",
         f"{ROUND}/plan.json",
         f"{ROUND}/commit.json",
         f"{ROUND}/attempts/*",
         f"{ROUND}/refusals/*",
+        f"{ROUND}/partials/*",
         "audit/*",
         "tracking.json",
     ]
@@ -90,21 +97,57 @@ def coordinator_policy(federation: Federation, *, tls_only: bool = False) -> Pol
         place.statement("ReadAll", "s3:GetObject", ["*"], probe=True),
         place.statement("CreateCourse", "s3:PutObject", records + files, probe=True),
         place.statement("AbortUploads", "s3:AbortMultipartUpload", files),
-        place.statement("EraseTensorFiles", "s3:DeleteObject", ["contributions/*", "objects/*"], probe=True),
+        place.statement("EraseTensorFiles", "s3:DeleteObject", ["contributions/*", "objects/*", "partials/*"], probe=True),
         place.listing(["*"], probe=True),
+        *_base(federation),
+        *_key(kms_key),
         *place.denials(tls_only),
     )
 
 
-def render(federation: Federation, *, tls_only: bool = False) -> str:
+def render(federation: Federation, *, tls_only: bool = False, kms_key: str = "") -> str:
     """All policies one after the other, each under a line that says whose it is; what follows such a line is JSON.
 
     Raises:
-        FederationError: the store is no bucket.
+        FederationError: as in `silo_policy`.
     """
-    parts = [("the coordinator", coordinator_policy(federation, tls_only=tls_only))]
-    parts += [(f"silo {silo}", silo_policy(federation, silo, tls_only=tls_only)) for silo in federation.silo_ids]
+    parts = [("the coordinator", coordinator_policy(federation, tls_only=tls_only, kms_key=kms_key))]
+    parts += [(f"silo {silo}", silo_policy(federation, silo, tls_only=tls_only, kms_key=kms_key)) for silo in federation.silo_ids]
     return "\n".join(f"# {party} of federation {federation.name}\n{json.dumps(policy, indent=2)}\n" for party, policy in parts)
+
+
+def _base(federation: Federation) -> list[Policy]:
+    """To read the base model, where it is a folder of a bucket: that one, and nothing beside it.
+
+    Raises:
+        FederationError: what all may read would be, or hold, what they may not.
+    """
+    scheme, _, rest = federation.model.base.partition("://")
+    if scheme != "s3":
+        return []
+    base, root = (f"{place.rstrip('/')}/" for place in (federation.model.base, f"{federation.storage.root.rstrip('/')}/{federation.name}"))
+    if base.startswith(root) or root.startswith(base):
+        raise FederationError(
+            f"model.base: must lie apart from the store, {root.rstrip('/')}, since every party may read all of it, got '{federation.model.base}'; "
+            "give it a prefix of its own"
+        )
+    bucket, _, prefix = rest.strip("/").partition("/")
+    inside = f"{prefix}/*" if prefix else "*"
+    arn = f"arn:aws:s3:::{bucket}"
+    listing: Policy = {"Sid": "ListBaseModel", "Effect": "Allow", "Action": "s3:ListBucket", "Resource": arn}
+    listing["Condition"] = {"StringLike": {"s3:prefix": [inside]}}
+    return [{"Sid": "ReadBaseModel", "Effect": "Allow", "Action": "s3:GetObject", "Resource": [f"{arn}/{inside}"]}, listing]
+
+
+def _key(arn: str) -> list[Policy]:
+    """To have the store encrypt and decrypt with a key of KMS; parts of a multipart upload are read again, so that writing needs both."""
+    if not arn:
+        return []
+    if not re.fullmatch(r"arn:aws[a-z-]*:kms:[a-z0-9-]+:\d{12}:key/[A-Za-z0-9-]+", arn):
+        raise FederationError(
+            f"--kms-key: must be a key's own arn:aws:kms:<region>:<account>:key/<id>, got {arn!r}; a policy knows no alias"
+        )
+    return [{"Sid": "UseKey", "Effect": "Allow", "Action": ["kms:Decrypt", "kms:GenerateDataKey"], "Resource": arn}]
 
 
 class _Place:

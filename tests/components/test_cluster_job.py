@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 import yaml
 
-from silotune.components import cluster_job, job_manifest, jobs_api, keys, silo_job
+from silotune.components import cluster_job, job_manifest, jobs_api, keys, silo_job, train_job
 from silotune.components.cluster_job import Clock
-from silotune.components.errors import FederationError
+from silotune.components.errors import FederationError, SilotuneError
 from silotune.components.federation import Federation
+from silotune.components.nodes import Layout
 from silotune.components.protocol import Attempt, Report, UpdateManifest
 from silotune.components.rounds import Rounds
 
@@ -38,8 +39,13 @@ OOM = {"code": 137, "reason": "OOMKilled"}
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    jobs = {"north": {"jobs": ALL_JOB_VERBS}}
-    rights = {"jobs only": jobs, "pods too": {"north": {"jobs": ALL_JOB_VERBS, "pods": {"list"}}}, "nothing": {}}
+    rights = {
+        "jobs only": {"north": {"jobs": ALL_JOB_VERBS}},
+        "pods too": {"north": {"jobs": ALL_JOB_VERBS, "pods": {"list"}}},
+        "trainjobs": {"north": {"jobs": ALL_JOB_VERBS, "trainjobs": ALL_JOB_VERBS}},
+        "all three": {"north": {"jobs": ALL_JOB_VERBS, "trainjobs": ALL_JOB_VERBS, "pods": {"list"}}},
+        "nothing": {},
+    }
     cluster = Cluster(rights=rights, namespaces={"north"})
     yield cluster
     cluster.close()
@@ -76,12 +82,12 @@ def launch(cluster: Cluster, federation: Federation, tmp_path: Path) -> Callable
 
 def fast(speed: float) -> Clock:
     """A clock on which time goes by ``speed`` times as fast."""
-    return Clock(lambda: time.monotonic() * speed, lambda seconds: time.sleep(seconds / speed), random.Random(3).random)
+    return Clock(lambda: time.monotonic() * speed, time.time, lambda seconds: time.sleep(seconds / speed), random.Random(3).random)
 
 
 def deliver(federation: Federation, attempt: int = 1) -> None:
     update = UpdateManifest(
-        round=1, silo="north", agreement="a", plan="p", incoming="i", object="o", bytes=1, examples=1, tokens=1, steps=1, cursor=1,
+        round=1, silo="north", agreement="a", plan="p", incoming="i", object="o", header="h", bytes=1, examples=1, tokens=1, steps=1, cursor=1,
         codec="float32", norm=1.0, loss=1.0,
     )  # fmt: skip
     Rounds.of(federation).write_update(update)
@@ -129,9 +135,9 @@ def test_a_job_has_the_one_shape_that_a_silo_admits(federation: Federation) -> N
     assert container["command"] == ["python", "-m", "silotune.components.silo_job"]
     assert container["args"] == ["train", "/federation/federation.yaml", "north", TURN]
     assert container["image"] == IMAGE
-    assert {v["name"] for v in pod["volumes"]} == {"silo", "keys", "federation", "scratch", "shm"}
+    assert {v["name"] for v in pod["volumes"]} == {"silo", "keys", "federation", "ca", "scratch", "shm"}
     mounts = {m["mountPath"]: m.get("readOnly", False) for m in container["volumeMounts"]}
-    assert mounts == {"/silo": False, "/keys": True, "/federation": True, "/tmp": False, "/dev/shm": False}
+    assert mounts == {"/silo": False, "/keys": True, "/federation": True, "/ca": True, "/tmp": False, "/dev/shm": False}
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert pod["automountServiceAccountToken"] is False
     assert pod["serviceAccountName"] == "silotune-silo"
@@ -171,11 +177,86 @@ def test_a_jobs_name_says_whose_work_it_is_and_is_never_too_long() -> None:
 
 @pytest.mark.parametrize(
     ("wish", "field"),
-    [({"gpus": 8}, "gpus"), ({"nodes": 2}, "nodes"), ({"trainer": "trainjob"}, "trainer"), ({"image": "silo:latest"}, "image"), ({"namespace": None}, "namespace")],
-)  # fmt: skip
-def test_what_training_cannot_use_is_refused_by_name(tmp_path: Path, wish: dict[str, Any], field: str) -> None:
+    [({"image": "silo:latest"}, "image"), ({"namespace": None}, "namespace")],
+)
+def test_what_cannot_become_a_job_is_refused_by_name(tmp_path: Path, wish: dict[str, Any], field: str) -> None:
     with pytest.raises(FederationError, match=rf"silo 'north': placement\.{field}: .+; "):
         job_manifest.job_of(load(tmp_path, **wish), "north", "train", TURN)
+
+
+def variables(job: dict[str, Any]) -> dict[str, str]:
+    return {e["name"]: e["value"] for e in job["spec"]["template"]["spec"]["containers"][0]["env"] if "value" in e}
+
+
+def test_a_training_on_several_gpus_is_one_pod_with_a_process_for_each(tmp_path: Path) -> None:
+    federation = load(tmp_path, gpus=4)
+    train, evaluate = (job_manifest.job_of(federation, "north", box, TURN) for box in ("train", "evaluate"))
+    assert [j["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] for j in (train, evaluate)] == [
+        "4",
+        "1",
+    ]
+    assert variables(train)["PET_NPROC_PER_NODE"] == "4"
+    assert not [n for n in variables(evaluate) if n.startswith("PET_")]
+    assert train["spec"]["completions"] == 1
+    assert "completionMode" not in train["spec"]
+
+
+def test_a_training_on_several_nodes_is_an_indexed_job_whose_pods_find_the_first(tmp_path: Path) -> None:
+    federation = load(tmp_path, nodes=3, gpus=8)
+    train = job_manifest.job_of(federation, "north", "train", TURN)
+    assert (schema_error(train, "job-batch-v1"), invalid_job(train)) == ("", [])
+    spec, name = train["spec"], train["metadata"]["name"]
+    assert (spec["completions"], spec["parallelism"], spec["completionMode"], spec["backoffLimit"]) == (3, 3, "Indexed", 0)
+    assert spec["template"]["spec"]["subdomain"] == job_manifest.SERVICE
+    said = {n: v for n, v in variables(train).items() if n.startswith("PET_")}
+    assert said == {"PET_NPROC_PER_NODE": "8", "PET_NNODES": "3", "PET_MASTER_ADDR": f"{name}-0.{job_manifest.SERVICE}"}
+    layouts = [Layout.of(said | {"JOB_COMPLETION_INDEX": str(i)}) for i in range(3)]
+    assert [(x.nodes, x.per_node, x.node, x.size) for x in layouts] == [(3, 8, i, 24) for i in range(3)]
+    evaluate = job_manifest.job_of(federation, "north", "evaluate", TURN)
+    assert (evaluate["spec"]["parallelism"], "subdomain" in evaluate["spec"]["template"]["spec"]) == (1, False)
+
+
+def test_what_the_silo_sets_for_its_network_reaches_its_pods_by_reference_only(federation: Federation) -> None:
+    (container,) = job_manifest.job_of(federation, "north", "train", TURN)["spec"]["template"]["spec"]["containers"]
+    referred = {e["name"]: e["valueFrom"]["configMapKeyRef"] for e in container["env"] if "configMapKeyRef" in e.get("valueFrom", {})}
+    names = {
+        "AWS_ENDPOINT_URL",
+        "AWS_REGION",
+        "AWS_CA_BUNDLE",
+        "SSL_CERT_FILE",
+        "REQUESTS_CA_BUNDLE",
+        "HTTPS_PROXY",
+        "HTTP_PROXY",
+        "NO_PROXY",
+    }
+    assert referred == {n: {"name": "silotune-store", "key": n, "optional": True} for n in names}
+
+
+# The time a silo has
+
+
+def test_a_job_says_until_when_its_silo_may_work_and_its_name_does_not(federation: Federation) -> None:
+    jobs = [job_manifest.job_of(federation, "north", "train", TURN, until) for until in (1_700_000_000, 1_700_000_060, None)]
+    words = [j["spec"]["template"]["spec"]["containers"][0]["args"][3:] for j in jobs]
+    assert words == [[TURN, "until:1700000000"], [TURN, "until:1700000060"], [TURN]]
+    assert len({j["metadata"]["name"] for j in jobs}) == 1
+
+
+def test_the_time_counts_from_the_launch_and_a_job_that_is_found_keeps_its_own(cluster: Cluster, launch: Any, tmp_path: Path) -> None:
+    cluster.course = [(0.2, "exit", {})]
+    began = time.time()
+    assert launch() == "north ok"
+    (job,) = cluster.jobs()
+    until = int(job["spec"]["template"]["spec"]["containers"][0]["args"][-1].removeprefix("until:"))
+    assert began + 300 <= until <= time.time() + 301
+    cluster.erase(job)
+    cluster.create("north", job_manifest.job_of(load(tmp_path), "north", "train", TURN, 1_700_000_000))
+    cluster.exit(cluster.jobs()[0])
+    launch("train")
+    assert cluster.jobs()[0]["spec"]["template"]["spec"]["containers"][0]["args"][-1] == "until:1700000000"
+    launch("preprocess", "", federation=load(tmp_path, None))
+    (free,) = (j for j in cluster.jobs() if j["metadata"]["labels"]["silotune.dev/box"] == "preprocess")
+    assert free["spec"]["template"]["spec"]["containers"][0]["args"][1:] == ["/federation/federation.yaml", "north"]
 
 
 # Ends, seen from the Job alone
@@ -239,6 +320,164 @@ def test_reasons_are_finer_where_pods_may_be_seen(cluster: Cluster, launch: Any,
 def test_of_the_schedulers_words_only_the_class_comes_through(cluster: Cluster, launch: Any, message: str, why: str) -> None:
     cluster.course = [(0.0, "pending", {"message": message}), (0.05, "exceed_deadline", {})]
     assert launch(token="pods too") == f"north late: unschedulable: {why}"
+
+
+# Several nodes
+
+
+def several(*verbs: tuple[str, dict[str, Any]]) -> list[tuple[float, str, dict[str, Any]]]:
+    return [(0.05, verb, arguments) for verb, arguments in verbs]
+
+
+@pytest.mark.parametrize(
+    ("course", "token", "status"),
+    [
+        ([("run", {}), ("exit", {"index": 1}), ("exit", {"index": 0})], "jobs only", "north ok"),
+        ([("run", {}), ("exit", {**OOM, "index": 1})], "jobs only", "north failed: out of memory or killed"),
+        ([("run", {}), ("exit", {**OOM, "index": 1})], "pods too", "north failed: out of memory"),
+        ([("run", {}), ("disrupt", {"index": 1})], "pods too", "north failed: node lost"),
+        (
+            [("run", {}), ("exit", {"index": 1, "message": "north ok"}), ("exit", {"index": 0, "code": 4, "message": "north refused: terms differ"})],
+            "pods too", "north refused: terms differ",
+        ),
+        ([("pending", {"index": 1}), ("run", {"index": 0}), ("exceed_deadline", {})], "pods too", "north late: unschedulable: insufficient nvidia.com_gpu"),
+    ],
+)  # fmt: skip
+def test_a_training_on_several_nodes_ends_as_its_job_says(
+    cluster: Cluster, launch: Any, tmp_path: Path, course: Any, token: str, status: str
+) -> None:
+    federation = load(tmp_path, nodes=2)
+    cluster.course = several(*course)
+    assert launch("train", token=token, federation=federation) == status
+
+
+def test_of_several_nodes_the_one_that_failed_is_heard_and_not_those_that_lost_it(cluster: Cluster, launch: Any, tmp_path: Path) -> None:
+    lost = {"index": 0, "message": "north failed: another node was lost", "code": 1}
+    made = cluster.create("north", job_manifest.job_of(load(tmp_path, nodes=2), "north", "train", TURN))
+    cluster.run(made)
+    cluster._pod(made, 1, {"phase": "Failed", "conditions": [], "containerStatuses": [
+        cluster._container(made, {"terminated": {"exitCode": 1, "reason": "Error", "message": "north failed: disk full"}})]})  # fmt: skip
+    cluster.exit(made, **lost)
+    assert launch("train", token="pods too", federation=load(tmp_path, nodes=2)) == "north failed: disk full"
+
+
+def test_a_node_that_never_came_is_told_of(cluster: Cluster, launch: Any, tmp_path: Path) -> None:
+    cluster.course = several(("pending", {"index": 1}), ("run", {"index": 0}))
+    assert launch("train", federation=load(tmp_path, "30s", nodes=2), speed=40) == "north late: not all nodes started"
+    assert cluster.jobs() == []
+
+
+# TrainJobs
+
+
+@pytest.fixture
+def trainer(cluster: Cluster, tmp_path: Path) -> Federation:
+    """A federation whose silo ``north`` trains by TrainJobs."""
+    federation = load(tmp_path, trainer="trainjob", nodes=2, gpus=2)
+    cluster.runtimes["north"] = train_job.runtime_of(federation.silo("north").placement, "north", 600)
+    return federation
+
+
+def trainjobs(cluster: Cluster) -> list[dict[str, Any]]:
+    return [t for (resource, _, _), t in cluster.things.items() if resource == "trainjobs"]
+
+
+def test_a_trainjob_says_how_many_and_how_large_and_nothing_else(trainer: Federation) -> None:
+    made = train_job.train_job_of(trainer, "north", "train", TURN, 1_700_000_000)
+    assert schema_error(made, "trainjob") == ""
+    assert made["spec"]["runtimeRef"] == {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": "silotune"}
+    resources = {"memory": "4Gi", "nvidia.com/gpu": "2"}
+    assert made["spec"]["trainer"] == {
+        "args": ["train", "/federation/federation.yaml", "north", TURN, "until:1700000000"],
+        "numNodes": 2, "numProcPerNode": 2, "resourcesPerNode": {"requests": resources, "limits": resources},
+    }  # fmt: skip
+    runtime = train_job.runtime_of(trainer.silo("north").placement, "north", 600)
+    assert schema_error(runtime, "trainingruntime") == ""
+
+
+def test_names_of_trainjobs_leave_room_for_what_is_appended_and_begin_with_a_letter() -> None:
+    long = "x" * 40
+    names = [
+        train_job.name_of(f, s, "train", t)
+        for f in (long, long[:-1], "7b")
+        for s in ("north", long)
+        for t in (TURN, "round:99999 attempt:999")
+    ]
+    assert len(set(names)) == len(names)
+    assert all(len(f"{n}-node-0-99") <= 63 and n[0].isalpha() for n in names)
+
+
+@pytest.mark.parametrize(
+    ("course", "token", "status"),
+    [
+        ([("run", {}), ("exit", {})], "trainjobs", "north ok"),
+        ([("run", {}), ("exit", {"code": 4, "index": 0})], "trainjobs", "north refused: by the silo"),
+        ([("run", {}), ("exit", {**OOM, "index": 1})], "trainjobs", "north failed: out of memory or killed"),
+        ([("run", {}), ("exit", {**OOM, "index": 1})], "all three", "north failed: out of memory"),
+        ([("run", {}), ("disrupt", {"index": 1})], "trainjobs", "north failed: evicted or node lost"),
+        ([("run", {}), ("exceed_deadline", {})], "trainjobs", "north late: past the deadline"),
+        ([("pending", {}), ("exceed_deadline", {})], "all three", "north late: unschedulable: insufficient nvidia.com_gpu"),
+    ],
+)
+def test_every_end_of_a_trainjob_is_a_status_in_the_same_words(
+    cluster: Cluster, launch: Any, trainer: Federation, course: Any, token: str, status: str
+) -> None:
+    cluster.course = several(*course)
+    assert launch("train", token=token, federation=trainer) == status
+    assert ("create", "jobs") not in cluster.requests
+
+
+def test_only_training_is_a_trainjob(cluster: Cluster, launch: Any, trainer: Federation) -> None:
+    cluster.course = several(("exit", {}))
+    assert launch("evaluate", token="trainjobs", federation=trainer) == "north ok"
+    assert ("create", "trainjobs") not in cluster.requests
+
+
+def test_the_pods_of_a_trainjob_find_each_other_as_those_of_a_job_do(cluster: Cluster, launch: Any, trainer: Federation) -> None:
+    cluster.course = several(("exit", {}))
+    launch("train", token="trainjobs", federation=trainer)
+    (job,) = cluster.jobs()
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    told = {e["name"]: e["value"] for e in container["env"] if e["name"].startswith("PET_") and "value" in e} | {"PET_NODE_RANK": "1"}
+    layout = Layout.of(told)
+    assert (layout.nodes, layout.per_node, layout.node, layout.port) == (2, 2, 1, 29400)
+    assert layout.host == f"{job['metadata']['name']}-0.{job['spec']['template']['spec']['subdomain']}"
+    assert container["image"] == IMAGE
+    assert container["args"][:4] == ["train", "/federation/federation.yaml", "north", TURN]
+
+
+def test_a_trainjob_is_found_again_and_one_that_is_finished_makes_room(cluster: Cluster, launch: Any, trainer: Federation) -> None:
+    cluster.course = several(("run", {}), ("exit", {"code": 139}))
+    assert [launch("train", token="trainjobs", federation=trainer) for _ in range(2)] == ["north failed: exit code 139"] * 2
+    assert [h[2] for h in cluster.history if h[1] == "trainjobs"].count("ADDED") == 1
+    (before,) = trainjobs(cluster)
+    launch("train", "round:1 attempt:2", token="trainjobs", federation=trainer)
+    (after,) = trainjobs(cluster)
+    assert after["metadata"]["name"] != before["metadata"]["name"]
+
+
+@pytest.mark.parametrize(("verb", "status"), [("pending", "never started"), ("suspend", "suspended")])
+def test_a_trainjob_that_waits_at_the_deadline_is_late_and_taken_away(
+    cluster: Cluster, launch: Any, tmp_path: Path, trainer: Federation, verb: str, status: str
+) -> None:
+    cluster.course = several((verb, {}))
+    federation = load(tmp_path, "1s", trainer="trainjob", nodes=2, gpus=2)
+    assert launch("train", token="trainjobs", federation=federation) == f"north late: {status}"
+    assert trainjobs(cluster) == cluster.jobs() == []
+
+
+def test_a_trainjob_that_a_cluster_cannot_have_is_a_status(cluster: Cluster, launch: Any, trainer: Federation) -> None:
+    assert launch("train", federation=trainer) == "north refused: forbidden"  # the right on Jobs is none on TrainJobs
+    cluster.runtimes.clear()
+    assert launch("train", token="trainjobs", federation=trainer) == "north refused: admission policy"
+    cluster.admission = lambda body: "fields: must name no more than these"
+    assert launch("train", token="trainjobs", federation=trainer) == "north refused: admission policy: fields"
+
+
+def test_a_cluster_without_kubeflow_trainer_is_told_so() -> None:
+    known = jobs_api._problem(404, json.dumps({"reason": "NotFound", "message": 'namespaces "north" not found'}), True)
+    unknown = jobs_api._problem(404, b"404 page not found\n", True)
+    assert [e.reason for e in (known, unknown) if isinstance(e, SilotuneError)] == ["no such namespace", "no Kubeflow Trainer"]
 
 
 # Deadlines
@@ -369,7 +608,7 @@ def test_a_job_of_other_work_under_the_same_name_is_left_alone(cluster: Cluster,
 
 
 def test_a_wrong_placement_or_kubeconfig_is_a_status_and_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cluster_job.run(load(tmp_path, gpus=2), "north", "evaluate", TURN) == "north failed: data or settings are wrong"
+    assert cluster_job.run(load(tmp_path, image="silo:latest"), "north", "evaluate", TURN) == "north failed: data or settings are wrong"
     assert cluster_job.run(load(tmp_path), "north", "evaluate", TURN) == "north failed: no kubeconfig"  # this is no pod
     assert cluster_job.run(load(tmp_path, kubeconfig_secret="s"), "north", "evaluate", TURN) == "north failed: no kubeconfig"
     (tmp_path / "bad").write_text("{]")
@@ -574,7 +813,7 @@ def test_pauses_grow_and_differ_between_launchers(cluster: Cluster, federation: 
         pauses.append(seconds)
         now[0] += seconds
 
-    clock = Clock(lambda: now[0], sleep, random.Random(5).random)
+    clock = Clock(lambda: now[0], time.time, sleep, random.Random(5).random)
     cluster_job.run(federation, "north", "evaluate", TURN, kubeconfig=cluster.kubeconfig(tmp_path / "k", "jobs only"), clock=clock)
     assert pauses[0] < 1.0
     assert all(15 <= p <= 30 for p in pauses[8:])
@@ -597,6 +836,34 @@ def test_as_a_job_the_status_is_all_that_stands_on_stdout(federation: Federation
     absent = silo_main("preprocess", str(tmp_path / "no.yaml"), "north", folder=tmp_path)
     assert (absent.stdout, absent.returncode) == ("", 2)
     assert "no such federation file" in absent.stderr
+
+
+@pytest.mark.parametrize(("deadline", "left", "given"), [("5m", 100, 100), ("5m", 4000, 300), (None, 100, 100)])
+def test_the_time_that_was_waited_is_taken_off_and_none_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deadline: str | None, left: float, given: float
+) -> None:
+    """A clock that is behind shows more time to be left; the deadline itself stays the limit."""
+    federation = load(tmp_path, deadline)
+    seen: list[float] = []
+    monkeypatch.setattr(silo_job.child, "call", lambda *_, deadline, **__: seen.append(deadline) or "north ok")
+    monkeypatch.setattr(silo_job, "TERMINATION_LOG", tmp_path / "none")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert silo_job.main("evaluate", str(federation.file), "north", TURN, f"until:{int(time.time() + left)}") == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert given - 3 < seen[0] <= given
+
+
+def test_a_silo_whose_time_is_over_is_late_at_once_and_says_so(federation: Federation, tmp_path: Path) -> None:
+    ask(federation)
+    words = ("train", str(federation.file), "north", TURN, f"until:{int(time.time()) - 90}")
+    done = silo_main(*words, folder=tmp_path)
+    assert (done.stdout, done.returncode) == ("north late\n", 6)
+    report = Rounds.of(federation).reports(1, 1)["north"]
+    assert (report.status, report.reason) == ("late", silo_job.PAST_DEADLINE)
+    early = silo_main("preprocess", str(federation.file), "north", f"until:{int(time.time()) - 1}", folder=tmp_path)
+    assert (early.stdout, early.returncode) == ("north late\n", 6)
 
 
 def test_a_job_that_is_told_to_stop_takes_its_work_with_it(federation: Federation, tmp_path: Path) -> None:

@@ -4,9 +4,13 @@ What comes in is checked as a server of version 1.33 checks it: paths, query wor
 against Kubernetes' own OpenAPI schemas (unknown fields are errors), the rules between fields that a Job's validation has, quota, admission.
 What goes out is checked against the same schemas. Objects have versions; watches stream them, with bookmarks, from a version on, or say 410.
 
-`Cluster` also plays the Job controller and the kubelet: its verbs (`run`, `exit`, `disrupt`, …) move a Job's pod on, and the Job's conditions
-follow by its own podFailurePolicy, with the controller's texts (kubernetes/pkg/controller/job/pod_failure_policy.go). ``faults`` spoil the next
-request of a kind, `away` takes the server down.
+`Cluster` also plays the Job controller and the kubelet: its verbs (`run`, `exit`, `disrupt`, …) move a Job's pods on, all of them or one by its
+index, and the Job's conditions follow by its own podFailurePolicy, with the controller's texts
+(kubernetes/pkg/controller/job/pod_failure_policy.go). ``faults`` spoil the next request of a kind, `away` takes the server down.
+
+Where ``runtimes`` names the TrainingRuntime of a namespace, it plays Kubeflow Trainer and JobSet, too: a TrainJob becomes a Job of that runtime's
+template, as their source has it (trainer/pkg/runtime/framework/plugins/{torch,jobset}, jobset/pkg/controllers/jobset_controller.go), and its
+conditions follow those of the Job. TrainJobs are checked against ``trainjob_schema.yaml``.
 """
 
 from __future__ import annotations
@@ -30,10 +34,17 @@ from urllib.parse import parse_qs, urlsplit
 
 import jsonschema
 import kubernetes_validate
+import yaml
 from referencing import Registry, Resource
 
 SCHEMAS = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema" / "v1.33.0-local-strict"
-PATH = re.compile(r"(?:/apis/(?P<group>batch)/v1|/api/v1)/namespaces/(?P<namespace>[^/]+)/(?P<resource>jobs|pods)(?:/(?P<name>[^/]+))?")
+PATH = re.compile(
+    r"(?:/apis/(?P<group>batch/v1|trainer\.kubeflow\.org/v1alpha1)|/api/v1)"
+    r"/namespaces/(?P<namespace>[^/]+)/(?P<resource>jobs|pods|trainjobs)(?:/(?P<name>[^/]+))?"
+)
+GROUPS = {"jobs": "batch/v1", "trainjobs": "trainer.kubeflow.org/v1alpha1", "pods": None}
+SCHEMA = {"jobs": "job-batch-v1", "trainjobs": "trainjob", "pods": "pod-v1"}
+KINDS = {"jobs": ("JobList", "batch/v1"), "trainjobs": ("TrainJobList", GROUPS["trainjobs"]), "pods": ("PodList", "v1")}
 QUERY = {
     "list": {"fieldSelector", "labelSelector", "limit"},
     "watch": {"fieldSelector", "labelSelector", "watch", "allowWatchBookmarks", "resourceVersion", "timeoutSeconds"},
@@ -42,6 +53,7 @@ QUERY = {
     "get": set(),
     "update": {"fieldManager"},
 }
+NAMES = {"jobs": "jobs.batch", "trainjobs": "trainjobs.trainer.kubeflow.org", "pods": "pods"}
 DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 LABEL_VALUE = re.compile(r"(([A-Za-z0-9][-A-Za-z0-9_.]{0,61})?[A-Za-z0-9])?")
 Thing = dict[str, Any]
@@ -78,6 +90,9 @@ class Fault:
 
 @functools.cache
 def _validator(kind: str) -> Any:
+    if kind in ("trainjob", "trainingruntime"):
+        text = (Path(__file__).parent / "trainjob_schema.yaml").read_text()
+        return jsonschema.Draft202012Validator(yaml.safe_load(text)[kind])
     schema, definitions = (json.loads((SCHEMAS / f"{name}.json").read_text()) for name in (kind, "_definitions"))
     registry = Resource.from_contents(definitions) @ (Resource.from_contents(schema) @ Registry())
     return jsonschema.Draft202012Validator(schema, registry=registry)
@@ -97,6 +112,7 @@ class Cluster:
     namespaces: set[str]
     quota: int | None = None  # of Jobs in a namespace, finished ones included
     admission: Callable[[Thing], str | tuple[int, str]] = lambda job: ""  # message of a denial, or (code, text) of a webhook's
+    runtimes: dict[str, Thing] = field(default_factory=dict)  # namespace -> its TrainingRuntime
     course: list[tuple[float, str, dict[str, Any]]] = field(
         default_factory=list
     )  # what happens to a Job: seconds after the last, verb, arguments
@@ -171,9 +187,12 @@ class Cluster:
             return [t for (resource, _, _), t in self.things.items() if resource == "jobs"]
 
     def erase(self, job: Thing) -> None:
-        """Delete a Job and its pods, as a person does, or its ttl."""
+        """Delete a Job and its pods, as a person does, or its ttl; of a TrainJob, all that was made of it."""
         with self.changed:
             name, namespace = job["metadata"]["name"], job["metadata"]["namespace"]
+            if job["kind"] == "TrainJob":
+                self._forget(("trainjobs", namespace, name))
+                name = f"{name}-node-0"
             if (key := ("jobs", namespace, name)) in self.things:
                 self._forget(key)
             for pod_key in [k for k, t in self.things.items() if k[0] == "pods" and t["metadata"]["labels"].get("job-name") == name]:
@@ -181,44 +200,46 @@ class Cluster:
 
     # What the scheduler, the kubelet and the Job controller do
 
-    def pending(self, job: Thing, message: str = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.") -> None:
+    def pending(
+        self, job: Thing, message: str = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", index: int | None = None
+    ) -> None:
         """The pod stands in the queue."""
         no = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
-        self._pod(job, {"phase": "Pending", "conditions": [no]})
-        self._status(job, {"active": 1, "ready": 0, "startTime": self.stamp()})
+        self._pods(job, index, {"phase": "Pending", "conditions": [no]})
+        self._count(job)
 
-    def waiting(self, job: Thing, reason: str = "ImagePullBackOff") -> None:
+    def waiting(self, job: Thing, reason: str = "ImagePullBackOff", index: int | None = None) -> None:
         """The pod has a node, and its container does not start."""
         state = {"waiting": {"reason": reason, "message": 'Back-off pulling image "registry.example/…"'}}
-        self._pod(job, {"phase": "Pending", "conditions": [], "containerStatuses": [self._container(job, state)]})
-        self._status(job, {"active": 1, "ready": 0, "startTime": self.stamp()})
+        self._pods(job, index, {"phase": "Pending", "conditions": [], "containerStatuses": [self._container(job, state)]})
+        self._count(job)
 
-    def run(self, job: Thing) -> None:
-        self._pod(
-            job,
-            {"phase": "Running", "conditions": [], "containerStatuses": [self._container(job, {"running": {"startedAt": self.stamp()}})]},
-        )
-        self._status(job, {"active": 1, "ready": 1, "startTime": self.stamp()})
+    def run(self, job: Thing, index: int | None = None) -> None:
+        state = {"running": {"startedAt": self.stamp()}}
+        self._pods(job, index, {"phase": "Running", "conditions": [], "containerStatuses": [self._container(job, state)]})
+        self._count(job)
 
-    def exit(self, job: Thing, code: int = 0, reason: str = "", message: str = "") -> None:
+    def exit(self, job: Thing, code: int = 0, reason: str = "", message: str = "", index: int | None = None) -> None:
         """The container ends by itself or is killed."""
         ended = {"exitCode": code, "reason": reason or ("Completed" if code == 0 else "Error")} | ({"message": message} if message else {})
         phase = "Failed" if code else "Succeeded"
-        self._pod(job, {"phase": phase, "conditions": [], "containerStatuses": [self._container(job, {"terminated": ended})]})
+        self._pods(job, index, {"phase": phase, "conditions": [], "containerStatuses": [self._container(job, {"terminated": ended})]})
         if code:
-            return self._pod_failed(job)
+            return self._pod_failed(job, index or 0)
+        if self._count(job) < job["spec"]["completions"]:
+            return None
         text = {"reason": "CompletionsReached", "message": "Reached expected number of succeeded pods"}
-        self._status(job, {"active": 0, "ready": 0, "succeeded": 1, "conditions": [self._condition("SuccessCriteriaMet", **text)]})
+        self._status(job, {"conditions": [self._condition("SuccessCriteriaMet", **text)]})
         self._status(
             job, {"completionTime": self.stamp(), "conditions": [self._condition(t, **text) for t in ("SuccessCriteriaMet", "Complete")]}
         )
         return None
 
-    def disrupt(self, job: Thing, reason: str = "DeletionByTaintManager") -> None:
+    def disrupt(self, job: Thing, reason: str = "DeletionByTaintManager", index: int | None = None) -> None:
         """The pod is taken away: evicted, preempted, or its node is lost."""
         target = {"type": "DisruptionTarget", "status": "True", "reason": reason}
-        self._pod(job, {"phase": "Failed", "conditions": [target]})
-        self._pod_failed(job)
+        self._pods(job, index, {"phase": "Failed", "conditions": [target]})
+        self._pod_failed(job, index or 0)
 
     def exceed_deadline(self, job: Thing) -> None:
         self._fail(job, "DeadlineExceeded", "Job was active longer than specified deadline")
@@ -226,11 +247,11 @@ class Cluster:
     def exceed_backoff(self, job: Thing) -> None:
         self._fail(job, "BackoffLimitExceeded", "Job has reached the specified backoff limit")
 
-    def _pod_failed(self, job: Thing) -> None:
+    def _pod_failed(self, job: Thing, index: int) -> None:
         """As matchPodFailurePolicy of the Job controller."""
-        name, namespace = job["metadata"]["name"], job["metadata"]["namespace"]
-        pod = self.things["pods", namespace, f"{name}-x7k2p"]
-        for index, rule in enumerate(job["spec"].get("podFailurePolicy", {}).get("rules", [])):
+        namespace, name = job["metadata"]["namespace"], pod_name(job, index)
+        pod = self.things["pods", namespace, name]
+        for number, rule in enumerate(job["spec"].get("podFailurePolicy", {}).get("rules", [])):
             if codes := rule.get("onExitCodes"):
                 for c in pod["status"].get("containerStatuses", []):
                     code = c["state"].get("terminated", {}).get("exitCode", 0)
@@ -239,11 +260,11 @@ class Cluster:
                         and codes.get("containerName", c["name"]) == c["name"]
                         and (code in codes["values"]) == (codes["operator"] == "In")
                     ):
-                        text = f"Container {c['name']} for pod {namespace}/{name}-x7k2p failed with exit code {code} matching FailJob rule at index {index}"
+                        text = f"Container {c['name']} for pod {namespace}/{name} failed with exit code {code} matching FailJob rule at index {number}"
                         return self._fail(job, "PodFailurePolicy", text)
             for pattern in rule.get("onPodConditions", []):
                 if any((c["type"], c["status"]) == (pattern["type"], pattern["status"]) for c in pod["status"].get("conditions", [])):
-                    text = f"Pod {namespace}/{name}-x7k2p has condition {pattern['type']} matching FailJob rule at index {index}"
+                    text = f"Pod {namespace}/{name} has condition {pattern['type']} matching FailJob rule at index {number}"
                     return self._fail(job, "PodFailurePolicy", text)
         return self.exceed_backoff(job)
 
@@ -262,16 +283,56 @@ class Cluster:
     def _status(self, job: Thing, status: Thing) -> None:
         with self.changed:
             if stored := self.things.get(("jobs", job["metadata"]["namespace"], job["metadata"]["name"])):
-                self.put("jobs", stored | {"status": stored.get("status", {}) | status}, "MODIFIED")
+                self._mirror(self.put("jobs", stored | {"status": stored.get("status", {}) | status}, "MODIFIED"))
 
-    def _pod(self, job: Thing, status: Thing) -> None:
+    def _count(self, job: Thing) -> int:
+        """Put the numbers of a Job's pods into its status; returns how many have succeeded."""
         with self.changed:
-            namespace, name = job["metadata"]["namespace"], f"{job['metadata']['name']}-x7k2p"
+            namespace = job["metadata"]["namespace"]
+            pods = [self.things.get(("pods", namespace, pod_name(job, i))) for i in range(job["spec"]["completions"])]
+            phases = [p["status"]["phase"] for p in pods if p]
+            done = phases.count("Succeeded")
+            self._status(
+                job,
+                {"active": len(phases) - done, "ready": phases.count("Running"), "succeeded": done, "startTime": self.stamp()},
+            )  # fmt: skip
+            return done
+
+    def _mirror(self, job: Thing) -> None:
+        """A TrainJob's status, as JobSet and Kubeflow Trainer derive it from that of its Job."""
+        namespace, name = job["metadata"]["namespace"], job["metadata"]["name"].removesuffix("-node-0")
+        trainjob = self.things.get(("trainjobs", namespace, name))
+        if trainjob is None or job["metadata"]["name"] == name:
+            return
+        known, status = job["status"], dict(trainjob["status"])
+        enough = known.get("ready", 0) + known.get("succeeded", 0) >= job["spec"]["completions"]
+        over = {c["type"] for c in known.get("conditions", []) if c["status"] == "True"}
+        counts = {"ready": enough, "succeeded": "Complete" in over, "failed": "Failed" in over, "active": known.get("active", 0) > 0}
+        status["jobsStatus"] = [{"name": "node", "suspended": 0} | {k: int(v) for k, v in counts.items()}]
+        said = {
+            "Complete": ("AllJobsCompleted", "jobset completed successfully"),
+            "Failed": ("FailedJobs", f"jobset failed due to one or more job failures (first failed job: {job['metadata']['name']})"),
+        }
+        status["conditions"] = [
+            {"type": t, "status": "True", "reason": reason, "message": text, "lastTransitionTime": self.stamp()}
+            for t, (reason, text) in said.items() if t in over
+        ]  # fmt: skip
+        self.put("trainjobs", trainjob | {"status": status}, "MODIFIED")
+
+    def _pods(self, job: Thing, index: int | None, status: Thing) -> None:
+        for i in range(job["spec"]["completions"]) if index is None else (index,):
+            self._pod(job, i, status)
+
+    def _pod(self, job: Thing, index: int, status: Thing) -> None:
+        with self.changed:
+            namespace, name = job["metadata"]["namespace"], pod_name(job, index)
             if ("jobs", namespace, job["metadata"]["name"]) not in self.things:
                 return
             known = self.things.get(("pods", namespace, name))
             template = job["spec"]["template"]
             meta = {"name": name, "namespace": namespace, "uid": str(uuid.uuid4()), "labels": template["metadata"]["labels"]}
+            if job["spec"].get("completionMode") == "Indexed":
+                meta["annotations"] = {"batch.kubernetes.io/job-completion-index": str(index)}
             pod = {
                 "apiVersion": "v1",
                 "kind": "Pod",
@@ -290,7 +351,7 @@ class Cluster:
         with self.changed:
             self.version += 1
             thing = thing | {"metadata": thing["metadata"] | {"resourceVersion": str(self.version)}}
-            if error := schema_error(thing, "job-batch-v1" if resource == "jobs" else "pod-v1"):
+            if error := schema_error(thing, SCHEMA[resource]):
                 self.violations.append(f"the fake's own {resource[:-1]} is wrong: {error}")
             self.things[resource, thing["metadata"]["namespace"], thing["metadata"]["name"]] = thing
             self.history.append((self.version, resource, kind, thing))
@@ -306,9 +367,11 @@ class Cluster:
 
     # Verbs of the API
 
-    def create(self, namespace: str, body: Thing) -> Thing:
+    def create(self, namespace: str, body: Thing, resource: str = "jobs") -> Thing:
         if namespace not in self.namespaces:
             raise Problem(404, "NotFound", f'namespaces "{namespace}" not found')
+        if resource == "trainjobs":
+            return self._create_trainjob(namespace, body)
         if error := schema_error(body, "job-batch-v1"):
             self.violations.append(error)
             raise Problem(400, "BadRequest", f'Job in version "v1" cannot be handled as a Job: strict decoding error: {error}')
@@ -334,17 +397,52 @@ class Cluster:
             threading.Thread(target=self._go, args=(job, list(self.course)), daemon=True).start()
         return job
 
+    def _create_trainjob(self, namespace: str, body: Thing) -> Thing:
+        if error := schema_error(body, "trainjob"):
+            self.violations.append(error)
+            raise Problem(400, "BadRequest", f'TrainJob in version "v1alpha1" cannot be handled as a TrainJob: {error}')
+        name, reference = body["metadata"].get("name", ""), body["spec"]["runtimeRef"]
+        what = f'trainjobs.trainer.kubeflow.org "{name}" is forbidden:'
+        if denied := self.admission(body):
+            policy = "ValidatingAdmissionPolicy 'silotune-trainjobs' with binding 'silotune-trainjobs' denied request:"
+            raise Problem(422, "Invalid", f"{what} {policy} {denied}")
+        runtime = self.runtimes.get(namespace)
+        if not runtime or (reference.get("kind"), reference["name"]) != ("TrainingRuntime", runtime["metadata"]["name"]):
+            webhook = 'admission webhook "validator.trainjob.trainer.kubeflow.org" denied the request:'
+            raise Problem(403, "Forbidden", f"{webhook} spec.runtimeRef: Invalid value: not found: it must be created before the TrainJob")
+        if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) or len(f"{name}-node-0-0") > 63:
+            raise Problem(422, "Invalid", f'TrainJob "{name}" is invalid: metadata.name must match RFC 1035 DNS label format')
+        with self.changed:
+            if ("trainjobs", namespace, name) in self.things:
+                raise Problem(409, "AlreadyExists", f'trainjobs.trainer.kubeflow.org "{name}" already exists')
+            meta = body["metadata"] | {"namespace": namespace, "uid": str(uuid.uuid4()), "creationTimestamp": self.stamp(), "generation": 1}
+            spec = {"suspend": False, "managedBy": "trainer.kubeflow.org/trainjob-controller"} | body["spec"]
+            made = self.put("trainjobs", body | {"metadata": meta, "spec": spec, "status": {}}, "ADDED")
+            job = self.put("jobs", _with_defaults(jobset_job(made, runtime), namespace, self.stamp()), "ADDED")
+        if wrong := invalid_job(job):
+            self.violations.append(f"the Job of a TrainJob is invalid: {'; '.join(wrong)}")
+        if self.course:
+            threading.Thread(target=self._go, args=(job, list(self.course)), daemon=True).start()
+        return made
+
+    def suspend(self, job: Thing) -> None:
+        """A queue keeps the TrainJob of this Job back."""
+        with self.changed:
+            key = ("trainjobs", job["metadata"]["namespace"], job["metadata"]["name"].removesuffix("-node-0"))
+            held = {"type": "Suspended", "status": "True", "reason": "Suspended", "message": "TrainJob is suspended"}
+            self.put("trainjobs", self.things[key] | {"status": {"conditions": [held | {"lastTransitionTime": self.stamp()}]}}, "MODIFIED")
+
     def _go(self, job: Thing, course: list[tuple[float, str, dict[str, Any]]]) -> None:
         for seconds, verb, arguments in course:
             time.sleep(seconds)
             getattr(self, verb)(job, **arguments)
 
-    def delete(self, namespace: str, name: str, options: Thing) -> Thing:
+    def delete(self, namespace: str, name: str, options: Thing, resource: str = "jobs") -> Thing:
         if options and (error := schema_error(options, "deleteoptions-meta-v1")):
             self.violations.append(error)
             raise Problem(400, "BadRequest", error)
         with self.changed:
-            job = self._found("jobs", namespace, name)
+            job = self._found(resource, namespace, name)
             for what, wanted in (options.get("preconditions") or {}).items():
                 if job["metadata"][what] != wanted:
                     text = f'Operation cannot be fulfilled on jobs.batch "{name}": Precondition failed: {what} in precondition: {wanted}'
@@ -375,7 +473,7 @@ class Cluster:
 
     def _found(self, resource: str, namespace: str, name: str) -> Thing:
         if (thing := self.things.get((resource, namespace, name))) is None:
-            raise Problem(404, "NotFound", f'{"jobs.batch" if resource == "jobs" else resource} "{name}" not found')
+            raise Problem(404, "NotFound", f'{NAMES[resource]} "{name}" not found')
         return thing
 
     def list(self, resource: str, namespace: str, query: dict[str, str]) -> Thing:
@@ -383,7 +481,7 @@ class Cluster:
         with self.changed:
             items = [t for (r, n, _), t in self.things.items() if (r, n) == (resource, namespace) and chosen(t)]
             bare = [{k: v for k, v in t.items() if k not in ("kind", "apiVersion")} for t in items]  # as a server does
-            kind, group = ("JobList", "batch/v1") if resource == "jobs" else ("PodList", "v1")
+            kind, group = KINDS[resource]
             return {"kind": kind, "apiVersion": group, "metadata": {"resourceVersion": str(self.version)}, "items": bare}
 
 
@@ -399,6 +497,46 @@ def _with_defaults(body: Thing, namespace: str, stamp: str) -> Thing:
     return body | {"metadata": meta, "spec": defaults | body["spec"] | {"template": template, "selector": selector}, "status": {}}
 
 
+def pod_name(job: Thing, index: int) -> str:
+    of_several = job["spec"].get("completionMode") == "Indexed"
+    return f"{job['metadata']['name']}-{index}-x7k2p" if of_several else f"{job['metadata']['name']}-x7k2p"
+
+
+def jobset_job(trainjob: Thing, runtime: Thing) -> Thing:
+    """The Job that becomes of a TrainJob with a runtime of one replicated Job, ``node``, and the torch policy."""
+    trainer, name = trainjob["spec"].get("trainer", {}), trainjob["metadata"]["name"]
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    template = json.loads(json.dumps(replicated["template"]))
+    spec, child = template["spec"], f"{name}-node-0"
+    nodes = trainer.get("numNodes", runtime["spec"]["mlPolicy"].get("numNodes", 1))
+    (container,) = spec["template"]["spec"]["containers"]
+    container |= {k: trainer[k] for k in ("image", "command", "args") if k in trainer}
+    container["resources"] = trainer.get("resourcesPerNode", container.get("resources", {}))
+    rank = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
+    told = {
+        "PET_NNODES": {"value": str(nodes)}, "PET_NPROC_PER_NODE": {"value": str(trainer.get("numProcPerNode", "auto"))},
+        "PET_NODE_RANK": {"valueFrom": rank}, "PET_MASTER_ADDR": {"value": f"{child}-0.{name}"}, "PET_MASTER_PORT": {"value": "29400"},
+    }  # fmt: skip
+    mine = trainer.get("env", [])
+    container["env"] = [*container.get("env", []), *mine, *({"name": n, **how} for n, how in told.items())]
+    container["ports"] = [{"containerPort": 29400, "protocol": "TCP"}]
+    marks = {
+        "jobset.sigs.k8s.io/jobset-name": name, "jobset.sigs.k8s.io/replicatedjob-name": "node", "jobset.sigs.k8s.io/restart-attempt": "0",
+        "jobset.sigs.k8s.io/replicatedjob-replicas": "1", "jobset.sigs.k8s.io/global-replicas": "1", "jobset.sigs.k8s.io/job-index": "0",
+        "jobset.sigs.k8s.io/job-key": "ab12", "jobset.sigs.k8s.io/job-global-index": "0", "jobset.sigs.k8s.io/jobset-uid": str(uuid.uuid4()),
+    }  # fmt: skip
+    meta = spec["template"].setdefault("metadata", {})
+    meta |= {"labels": meta.get("labels", {}) | marks, "annotations": meta.get("annotations", {}) | marks}
+    spec["template"]["spec"]["subdomain"] = name
+    spec |= {"completions": nodes, "parallelism": nodes, "completionMode": "Indexed", "suspend": False}
+    owner = {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "name": name, "uid": marks["jobset.sigs.k8s.io/jobset-uid"]}
+    head = {
+        "name": child, "namespace": trainjob["metadata"]["namespace"], "labels": template.get("metadata", {}).get("labels", {}) | marks,
+        "annotations": marks, "ownerReferences": [owner | {"controller": True, "blockOwnerDeletion": True}],
+    }  # fmt: skip
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": head, "spec": spec}
+
+
 def invalid_job(job: Thing) -> list[str]:
     """Rules of a Job's validation that its schema cannot say."""
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
@@ -407,6 +545,10 @@ def invalid_job(job: Thing) -> list[str]:
         wrong.append("metadata.name: Invalid value: must be no more than 63 characters of a-z, 0-9 and -")
     if pod.get("restartPolicy") not in ("Never", "OnFailure"):
         wrong.append('spec.template.spec.restartPolicy: Required value: valid values: "OnFailure", "Never"')
+    if spec.get("completionMode") == "Indexed" and len(f"{job['metadata'].get('name', '')}-{spec['completions'] - 1}") > 63:
+        wrong.append("metadata.name: Invalid value: will not able to create pod with invalid DNS label")
+    if (spec.get("completions", 1) > 1 or pod.get("subdomain")) and spec.get("completionMode") != "Indexed":
+        wrong.append("spec.completionMode: pods of a NonIndexed Job have no host names")  # the fake's own: nothing could find pod 0
     if spec.get("podFailurePolicy") and pod.get("restartPolicy") != "Never":
         wrong.append('spec.template.spec.restartPolicy: Invalid value: only "Never" is supported when podFailurePolicy is specified')
     for where, labels in (
@@ -491,7 +633,7 @@ class _Handler(BaseHTTPRequestHandler):
         if token not in cluster.rights:
             raise Problem(401, "Unauthorized", "Unauthorized")
         found = PATH.fullmatch(url.path)
-        if not found or bool(found["group"]) != (found["resource"] == "jobs"):
+        if not found or found["group"] != GROUPS[found["resource"]]:
             cluster.violations.append(f"{self.command} {url.path}")
             raise Problem(404, "NotFound", "the server could not find the requested resource")
         namespace, resource, name = found["namespace"], found["resource"], found["name"]
@@ -506,10 +648,10 @@ class _Handler(BaseHTTPRequestHandler):
         verb = verbs[self.command]
         cluster.requests.append((verb, resource))
         if verb not in cluster.rights[token].get(namespace, {}).get(resource, set()):
-            group = "batch" if resource == "jobs" else ""
+            group = NAMES[resource].partition(".")[2]
             text = f'cannot {verb} resource "{resource}" in API group "{group}" in the namespace "{namespace}"'
             user = "system:serviceaccount:silotune:silotune-launcher"
-            raise Problem(403, "Forbidden", f'{resource}{".batch" if group else ""} is forbidden: User "{user}" {text}')
+            raise Problem(403, "Forbidden", f'{NAMES[resource]} is forbidden: User "{user}" {text}')
         if odd := set(query) - QUERY.get(verb, set()):
             cluster.violations.append(f"{verb} with {', '.join(sorted(odd))}")
             raise Problem(400, "BadRequest", f"unknown query parameters: {odd}")
@@ -526,9 +668,9 @@ class _Handler(BaseHTTPRequestHandler):
             return cluster.list(resource, namespace, query)
         if verb == "get":
             return cluster.get(resource, namespace, name)
-        if resource != "jobs" or verb == "patch":
+        if resource == "pods" or verb == "patch" or (resource, verb) == ("trainjobs", "update"):
             raise Problem(405, "MethodNotAllowed", "the fake has it for Jobs only")
-        act = {"create": lambda: cluster.create(namespace, body), "delete": lambda: cluster.delete(namespace, name, body),
+        act = {"create": lambda: cluster.create(namespace, body, resource), "delete": lambda: cluster.delete(namespace, name, body, resource),
                "update": lambda: cluster.update(namespace, name, body)}[verb]  # fmt: skip
         answer = act()
         if fault == "after":
@@ -588,7 +730,8 @@ class _Handler(BaseHTTPRequestHandler):
                     self._chunk(line)
             if bookmarks and time.monotonic() - marked > 0.2:
                 marked = time.monotonic()
-                mark = {"kind": "Job", "apiVersion": "batch/v1", "metadata": {"resourceVersion": str(at)}, "spec": {"template": {}}}
+                kind, version = KINDS[resource]
+                mark = {"kind": kind[:-4], "apiVersion": version, "metadata": {"resourceVersion": str(at)}, "spec": {"template": {}}}
                 self._chunk(json.dumps({"type": "BOOKMARK", "object": mark}) + "\n")
             if not news and time.monotonic() >= end:
                 break

@@ -41,7 +41,7 @@ class Network:
         ]  # fmt: skip
         rules = [rule for spec in mine for rule in spec.get(direction.lower(), [])]
         return not mine or any(
-            ("ports" not in rule or any((p["protocol"], p["port"]) == (protocol, port) for p in rule["ports"]))
+            ("ports" not in rule or any(_is_open(p, port, protocol) for p in rule["ports"]))
             and (peers not in rule or any(self._is(peer, pod.namespace, other) for peer in rule[peers]))
             for rule in rules
         )
@@ -54,6 +54,10 @@ class Network:
         labels = {"kubernetes.io/metadata.name": other.namespace} | self._namespaces.get(other.namespace, {})
         same = fits(peer["namespaceSelector"], labels) if "namespaceSelector" in peer else other.namespace == namespace
         return same and fits(peer.get("podSelector", {}), other.labels)
+
+
+def _is_open(rule: Object, port: int, protocol: str) -> bool:
+    return bool(rule["protocol"] == protocol and rule["port"] <= port <= rule.get("endPort", rule["port"]))
 
 
 def fits(selector: Object, labels: dict[str, str]) -> bool:

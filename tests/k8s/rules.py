@@ -10,6 +10,8 @@ Object = dict[str, Any]
 Rule = Callable[[Object, list[Object]], Iterator[str]]
 RULES: dict[str, Rule] = {}
 CLUSTER_SCOPED = {"Namespace", "RuntimeClass", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
+# Pods that the launcher makes, which are in no build: those of a training find each other by a Service.
+TRAINING = {"app.kubernetes.io/name": "silotune", "app.kubernetes.io/component": "silo-job", "silotune.dev/box": "train"}
 # Whose pods use the Kubernetes API: the tasks of a pipeline, through KFP and as launchers.
 NEEDS_TOKEN = {"silotune-launcher"}
 
@@ -35,6 +37,8 @@ def pod_of(o: Object) -> Object:
         return dict(o["spec"])
     if o["kind"] == "CronJob":
         return dict(o["spec"]["jobTemplate"]["spec"]["template"]["spec"])
+    if o["kind"] == "TrainingRuntime":
+        return dict(o["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"])
     template = o.get("spec", {}).get("template", {}) if o["kind"] in ("Deployment", "StatefulSet", "DaemonSet", "Job") else {}
     return dict(template.get("spec", {}))
 
@@ -55,7 +59,8 @@ def images_are_pinned(o: Object, _: list[Object]) -> Iterator[str]:
 def requests_and_limits(o: Object, _: list[Object]) -> Iterator[str]:
     for c in containers_of(o):
         resources = c.get("resources", {})
-        for what, names in (("requests", ("cpu", "memory")), ("limits", ("memory",))):
+        whole = ("memory",) if o["kind"] == "TrainingRuntime" else ("cpu", "memory")  # its TrainJobs say what they need
+        for what, names in (("requests", whole), ("limits", ("memory",))):
             for name in names:
                 if name not in resources.get(what, {}):
                     yield f"{c['name']} has no {what}.{name}"
@@ -194,7 +199,8 @@ def names_are_met(o: Object, everything: list[Object]) -> Iterator[str]:
     if selector is not None:
         wanted = selector.get("matchLabels", selector)
         met = [w for w in workloads if wanted.items() <= w["spec"]["template"]["metadata"]["labels"].items()]
-        if not met:
+        headless = o["spec"].get("clusterIP") == "None" and wanted.items() <= TRAINING.items()
+        if not met and not headless:
             yield f"selects nothing: {wanted}"
         if o["kind"] == "PodDisruptionBudget" and any(o["spec"].get("minAvailable", 0) >= w["spec"]["replicas"] for w in met):
             yield "no drain could ever end"

@@ -11,6 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+from silotune.components import job_manifest, train_job
+from silotune.components.federation import Federation, Placement
+
+sys.path.append(str(Path(__file__).parents[1] / "fakes"))
+from kubernetes_api import jobset_job, schema_error
+
 spec = importlib.util.spec_from_file_location("k8s_admission", Path(__file__).parent / "admission.py")
 assert spec
 assert spec.loader
@@ -22,12 +28,16 @@ ROOT = Path(__file__).parents[2] / "k8s"
 IMAGE = "registry.example/silotune-silo@sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 POLICY = next(o for o in yaml.safe_load_all((ROOT / "base/silo/admission.yaml").read_text()) if o["kind"] == "ValidatingAdmissionPolicy")
 TERMS = {
-    "data": {"silo": "north", "maxSeconds": "10800", "image-1": IMAGE, "image-2": IMAGE.replace("9f", "00"), "runtimeClass": "silotune-gpu"}
-}
+    "data": {
+        "silo": "north", "maxSeconds": "10800", "image-1": IMAGE, "image-2": IMAGE.replace("9f", "00"), "runtimeClass": "silotune-gpu",
+        "maxNodes": "4", "maxGpus": "8", "priorityClass-1": "research",
+    }
+}  # fmt: skip
+JOBSET = "system:serviceaccount:kubeflow-system:jobset-controller-manager"
 
 
-def refused(job: Object, terms: Object = TERMS) -> list[str]:
-    return list(admission.refusals(POLICY, terms, job))
+def refused(job: Object, terms: Object = TERMS, user: str = admission.LAUNCHER) -> list[str]:
+    return list(admission.refusals(POLICY, terms, job, user))
 
 
 def main(job: Object) -> Object:
@@ -83,6 +93,172 @@ def test_every_box_is_admitted_and_a_gpu(job: Object, box: str) -> None:
     assert refused(job) == []
 
 
+def together(job: Object, nodes: int = 2, gpus: int = 8) -> None:
+    """Make it a training on several nodes."""
+    job["spec"] |= {"completions": nodes, "parallelism": nodes, "completionMode": "Indexed"}
+    pod(job)["subdomain"] = "silotune-nodes"
+    master = f"{job['metadata']['name']}-0.silotune-nodes"
+    main(job)["env"] += [
+        {"name": n, "value": v} for n, v in (("PET_NNODES", str(nodes)), ("PET_NPROC_PER_NODE", str(gpus)), ("PET_MASTER_ADDR", master))
+    ]
+    for which in ("requests", "limits"):
+        main(job)["resources"][which]["nvidia.com/gpu"] = str(gpus)
+
+
+def test_a_training_on_several_nodes_and_gpus_is_admitted_where_the_terms_allow_it(job: Object) -> None:
+    together(job)
+    assert refused(job) == []
+    one = {"data": {k: v for k, v in TERMS["data"].items() if not k.startswith("max") or k == "maxSeconds"}}
+    assert refused(job, one) == ["env", "once", "resources"]  # one node and one GPU, where they say nothing
+
+
+def test_the_network_settings_of_the_silo_are_admitted_and_its_own_authority(job: Object) -> None:
+    for name in ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"):
+        main(job)["env"].append({"name": name, "valueFrom": {"configMapKeyRef": {"name": "silotune-store", "key": name, "optional": True}}})
+    pod(job)["volumes"].append({"name": "ca", "configMap": {"name": "silotune-ca", "optional": True}})
+    main(job)["volumeMounts"].append({"name": "ca", "mountPath": "/ca", "readOnly": True})
+    main(job)["args"].append("until:1790000000")
+    pod(job)["priorityClassName"] = "research"
+    assert refused(job) == []
+
+
+PLACEMENTS: list[Object] = [
+    {}, {"nodes": 4, "gpus": 8, "cpu": "16", "memory": "128Gi", "runtime_class": "silotune-gpu", "priority_class": "research"}, {"gpus": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("box", "turn"), [("preprocess", ""), ("train", "round:3 attempt:1"), ("evaluate", "done:all 2 rounds are committed")]
+)
+def test_what_the_launcher_makes_is_admitted(federation: Any, placement: Object, box: str, turn: str) -> None:
+    made = job_manifest.job_of(federation(**placement), "north", box, turn, 1_790_000_000)
+    assert refused(made) == []
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Any:
+    def load(**placement: Any) -> Federation:
+        silo = {"id": "north", "train": "/silo/t.jsonl", "placement": {"namespace": "silotune-north", "image": IMAGE} | placement}
+        terms = {"name": "trial", "model": {"base": "/silo/base"}, "rounds": {"deadline": "1h"}, "silos": [silo]}
+        (tmp_path / "f.yaml").write_text(yaml.safe_dump(terms))
+        return Federation.load(tmp_path / "f.yaml")
+
+    return load
+
+
+# TrainJobs
+
+COMPONENT = ROOT / "components/trainjob"
+TRAINJOBS = next(o for o in yaml.safe_load_all((COMPONENT / "admission.yaml").read_text()) if o["kind"] == "ValidatingAdmissionPolicy")
+WITH_JOBSET = {"data": TERMS["data"] | {"jobsetController": JOBSET}}
+
+
+@pytest.fixture
+def trainjob(federation: Any) -> Object:
+    made: Object = train_job.train_job_of(
+        federation(trainer="trainjob", nodes=4, gpus=8), "north", "train", "round:3 attempt:1", 1_790_000_000
+    )
+    made["spec"] |= {"suspend": False, "managedBy": "trainer.kubeflow.org/trainjob-controller"}  # the server's defaults
+    return made
+
+
+def test_the_launchers_trainjob_is_admitted(trainjob: Object) -> None:
+    assert admission.refusals(TRAINJOBS, WITH_JOBSET, trainjob) == []
+
+
+def in_spec(**more: Any) -> Callable[[Object], object]:
+    return lambda t: t["spec"].update(more)
+
+
+def trainer(**more: Any) -> Callable[[Object], object]:
+    return lambda t: t["spec"]["trainer"].update(more)
+
+
+LARGE = {"memory": "4Gi", "nvidia.com/gpu": "9"}
+TRAINJOB_REFUSED: list[tuple[str, Callable[[Object], object]]] = [
+    ("fields", trainer(image="registry.example/other@sha256:" + "0" * 64)),
+    ("fields", trainer(command=["sh", "-c", "env"])),
+    ("fields", trainer(env=[{"name": "LD_PRELOAD", "value": "/silo/x.so"}])),
+    ("fields", in_spec(initializer={"dataset": {"storageUri": "hf://x"}})),
+    ("fields", in_spec(podSpecOverrides=[{"targetJobs": [{"name": "node"}]}])),  # 2.0
+    ("fields", in_spec(podTemplateOverrides=[{"targetJobs": [{"name": "node"}]}])),  # 2.1
+    ("fields", in_spec(runtimePatches=[{"manager": "x.example/y"}])),  # from 2.2 on
+    ("fields", in_spec(annotations={"alpha.jobset.sigs.k8s.io/exclusive-topology": "zone"})),
+    ("runtime", in_spec(runtimeRef={"name": "silotune", "kind": "ClusterTrainingRuntime", "apiGroup": "trainer.kubeflow.org"})),
+    ("runtime", in_spec(runtimeRef={"name": "torch-distributed", "kind": "TrainingRuntime", "apiGroup": "trainer.kubeflow.org"})),
+    ("runtime", in_spec(runtimeRef={"name": "silotune"})),
+    ("managed-by", in_spec(managedBy="kueue.x-k8s.io/multikueue")),
+    ("args", trainer(args=["preprocess", "/federation/federation.yaml", "north", "x"])),
+    ("args", trainer(args=["train", "/silo/other.yaml", "north", "round:3 attempt:1"])),
+    ("args", trainer(args=["train", "/federation/federation.yaml", "south", "round:3 attempt:1"])),
+    ("args", trainer(args=["train", "/federation/federation.yaml", "north", "--help"])),
+    ("args", trainer(args=["train", "/federation/federation.yaml", "north", "round:3 attempt:1", "until:never"])),
+    ("nodes", trainer(numNodes=5)),
+    ("nodes", trainer(numNodes=0)),
+    ("nodes", trainer(numProcPerNode=9)),
+    ("nodes", lambda t: t["spec"]["trainer"].pop("numNodes")),
+    ("resources", lambda t: t["spec"]["trainer"].pop("resourcesPerNode")),
+    ("resources", trainer(resourcesPerNode={"requests": LARGE, "limits": LARGE})),
+    ("resources", trainer(resourcesPerNode={"requests": {"memory": "1Gi"}, "limits": {"memory": "1Gi"}, "claims": [{"name": "x"}]})),
+    ("labels", lambda t: t["metadata"]["labels"].update({"kueue.x-k8s.io/queue-name": "x"})),
+    ("labels", lambda t: t["metadata"]["annotations"].update({"vault.hashicorp.com/agent-inject": "true"})),
+]
+
+
+@pytest.mark.parametrize(("rule", "change"), TRAINJOB_REFUSED, ids=[f"{i}-{rule}" for i, (rule, _) in enumerate(TRAINJOB_REFUSED)])
+def test_a_trainjob_that_says_more_is_refused_by_its_rule_and_no_other(trainjob: Object, rule: str, change: Change) -> None:
+    change(trainjob)
+    assert admission.refusals(TRAINJOBS, WITH_JOBSET, trainjob) == [rule]
+
+
+def test_every_rule_on_trainjobs_refuses_something() -> None:
+    assert {rule for rule, _ in TRAINJOB_REFUSED} == {v["message"].split(":")[0] for v in TRAINJOBS["spec"]["validations"]}
+    (rule,) = TRAINJOBS["spec"]["matchConstraints"]["resourceRules"]
+    assert (rule["resources"], rule["operations"], "matchConditions" in TRAINJOBS["spec"]) == (["trainjobs"], ["CREATE"], False)
+
+
+@pytest.fixture
+def of_jobset(trainjob: Object, federation: Any) -> Object:
+    """The Job that Kubeflow Trainer and JobSet make of the launcher's TrainJob and the silo's runtime."""
+    placement = federation(trainer="trainjob", nodes=4, gpus=8).silo("north").placement
+    return dict(jobset_job(trainjob, train_job.runtime_of(placement, "north", 10800)))
+
+
+def test_what_jobset_makes_of_the_silos_runtime_is_admitted_from_its_controller_only(of_jobset: Object) -> None:
+    assert refused(of_jobset, WITH_JOBSET, JOBSET) == []
+    as_if = {"env", "host", "labels"}
+    assert set(refused(of_jobset, WITH_JOBSET)) == as_if  # the launcher, with the same owner and the same marks
+    assert set(refused(of_jobset, TERMS, JOBSET)) == as_if  # where the silo has no Kubeflow Trainer
+    of_jobset["metadata"].pop("ownerReferences")
+    assert set(refused(of_jobset, WITH_JOBSET, JOBSET)) == as_if
+
+
+@pytest.mark.parametrize(
+    ("rule", "change"),
+    [
+        ("image", lambda job: main(job).update(image="registry.example/other@sha256:" + "0" * 64)),
+        ("command", lambda job: main(job).update(command=["sh"])),
+        ("env", lambda job: main(job)["env"].append({"name": "LD_PRELOAD", "value": "/silo/x.so"})),
+        ("env", lambda job: main(job)["env"].append({"name": "PET_MASTER_ADDR", "value": "198.51.100.7"})),
+        ("volumes", lambda job: pod(job)["volumes"].append({"name": "host", "hostPath": {"path": "/"}})),
+        ("host", lambda job: main(job).update(ports=[{"containerPort": 29400, "hostPort": 29400}])),
+        ("once", lambda job: job["spec"].update(parallelism=5, completions=5)),
+        ("labels", lambda job: job["spec"]["template"]["metadata"]["annotations"].update({"vault.hashicorp.com/agent-inject": "true"})),
+    ],
+)
+def test_the_jobs_of_jobset_are_held_to_the_same_rules(of_jobset: Object, rule: str, change: Change) -> None:
+    change(of_jobset)
+    assert rule in refused(of_jobset, WITH_JOBSET, JOBSET)
+
+
+def test_the_runtime_that_is_reviewed_is_what_the_code_makes() -> None:
+    written = yaml.safe_load((COMPONENT / "runtime.yaml").read_text())
+    image = "registry.example/silotune-silo@sha256:" + "0" * 64
+    assert written == train_job.runtime_of(Placement(namespace="silotune-silo", image=image), "silo", 86400)
+    assert schema_error(written, "trainingruntime") == ""
+
+
 Change = Callable[[Object], object]
 
 
@@ -136,6 +312,30 @@ def template(**more: Any) -> Change:
 
 FILE = "/federation/federation.yaml"
 REFUSED: list[tuple[str, Change]] = [
+    ("args", args("train", FILE, "north", "round:1 attempt:1", "until:soon")),
+    ("args", args("train", FILE, "north", "until:99999999999999")),
+    ("env", env("PET_NPROC_PER_NODE", value="9")),
+    ("env", env("PET_NPROC_PER_NODE", value="auto")),
+    ("env", env("PET_NNODES", value="2")),  # of a Job that has one
+    ("env", env("PET_MASTER_ADDR", value="198.51.100.7")),
+    ("env", env("PET_MASTER_ADDR", value="another-job-0.silotune-nodes")),
+    ("env", env("PET_MASTER_PORT", value="29400")),
+    ("env", env("PET_RDZV_CONF", value="timeout=1")),
+    ("env", env("HTTPS_PROXY", valueFrom={"configMapKeyRef": {"name": "another", "key": "HTTPS_PROXY"}})),
+    ("env", env("SSL_CERT_FILE", value="/tmp/ca.pem")),
+    ("env", env("AWS_CA_BUNDLE", valueFrom={"configMapKeyRef": {"name": "silotune-store", "key": "AWS_REGION"}})),
+    ("volumes", volume("ca", configMap={"name": "another"})),
+    ("mounts", mount(name="ca", mountPath="/ca")),
+    ("mounts", mount(name="ca", mountPath="/etc/ssl/certs", readOnly=True)),
+    ("host", in_pod(subdomain="elsewhere")),
+    ("host", in_pod(hostname="store")),
+    ("once", lambda job: together(job, nodes=5)),
+    ("once", lambda job: (together(job), job["spec"].pop("completionMode"))),
+    ("once", lambda job: (together(job), job["spec"].update(completions=3))),
+    ("once", lambda job: (together(job), main(job)["args"].__setitem__(0, "evaluate"))),
+    ("once", job_spec(backoffLimitPerIndex=1)),
+    ("resources", in_main(resources={"requests": {"memory": "1Gi"}, "limits": {"memory": "1Gi", "nvidia.com/gpu": "9"}})),
+    ("placement", in_pod(priorityClassName="urgent")),
     ("one-container", lambda job: pod(job)["containers"].append({"name": "sidecar", "image": IMAGE})),
     ("one-container", in_pod(initContainers=[{"name": "first", "image": IMAGE}])),
     ("one-container", in_pod(ephemeralContainers=[{"name": "shell", "image": IMAGE}])),

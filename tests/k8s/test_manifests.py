@@ -169,6 +169,7 @@ FAULTS: list[tuple[str, Callable[[list[Object]], None]]] = [
     ("flows_are_named", put("NetworkPolicy", "spec", "ingress", 0, "from", 0, value={"namespaceSelector": {}}, name="mlflow-from-tasks")),
     ("servers_are_probed", inside(*C, value={"name": "mlflow", "image": "m:1.0"})),
     ("names_are_met", put("Service", "spec", "selector", value={"app": "other"}, name="mlflow")),
+    ("names_are_met", add("Service", spec={"clusterIP": "None", "selector": {"app": "other"}})),
     ("names_are_met", put("PodDisruptionBudget", "spec", "minAvailable", value=2)),
     ("names_are_met", inside("serviceAccountName", value="nobody")),
     ("names_are_met", put("RoleBinding", "roleRef", "name", value="other")),

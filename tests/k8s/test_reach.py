@@ -121,3 +121,15 @@ def test_the_computation_knows_open_from_closed(production: Any) -> None:
         [{"kind": "NetworkPolicy", "metadata": {"namespace": "a"}, "spec": {"podSelector": {}, "policyTypes": ["Egress"], "egress": [{}]}}]
     )
     assert open_.reaches(End("a"), INTERNET, 443)
+
+
+def test_pods_that_train_together_reach_each_other_and_no_other_pod_does(trial: Any) -> None:
+    training = JOB_LABELS | {"silotune.dev/box": "train"}
+    one, other, elsewhere = (End(n, training) for n in ("silotune-north", "silotune-north", "silotune-south"))
+    for port in (29400, 29500, 32768, 60999):
+        assert trial.reaches(one, other, port)
+        for stranger in (elsewhere, NORTH, STRANGER, TASKS):  # NORTH: a Job of another box
+            assert not trial.reaches(one, stranger, port)
+            assert not trial.reaches(stranger, one, port)
+    for port in (22, 443, 8080, 29399, 61000):
+        assert not trial.reaches(one, other, port)

@@ -14,10 +14,14 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from silotune.components import job_manifest, train_job
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation
 from silotune.pipelines import onboarding
 from silotune.pipelines.policies import silo_policy
+
+sys.path.append(str(Path(__file__).parents[1] / "fakes"))
+from kubernetes_api import jobset_job, schema_error
 
 
 def _load(name: str) -> Any:
@@ -74,10 +78,12 @@ def load(tmp_path: Path) -> Callable[..., Federation]:
 
 @pytest.fixture
 def onboard(load: Callable[..., Federation], tmp_path: Path) -> Callable[..., Path]:
-    def write(silo: str = "north", **more: Any) -> Path:
+    def write(silo: str = "north", placement: dict[str, Any] | None = None, **more: Any) -> Path:
         folder = tmp_path / "folder" / silo
+        place = f"    placement: {json.dumps({'namespace': 'silotune-north', 'image': IMAGE} | placement)}\n" if placement else ""
         given: dict[str, Any] = {"images": [IMAGE], "store_cidrs": ["10.20.0.0/28"], "endpoint": "https://s3.example"}
-        files = onboarding.write_silo(load(), silo, folder, **(given | more))
+        federation = load("    storage: /silo/north\n", f"    storage: /silo/north\n{place}")
+        files = onboarding.write_silo(federation, silo, folder, **(given | more))
         assert set(files) == {f for f in folder.rglob("*") if f.is_file()}
         return folder
 
@@ -89,6 +95,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpu": {"gpus": 2},
     "own-cluster": {"own_cluster": True},
     "bare": {"store_cidrs": [], "endpoint": ""},
+    "several": {"gpus": 16, "placement": {"nodes": 2, "gpus": 8, "priority_class": "research"}},
+    "trainjob": {"gpus": 16, "placement": {"nodes": 2, "gpus": 8, "trainer": "trainjob"}},
 }
 
 
@@ -96,7 +104,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_a_folder_builds_and_keeps_to_every_rule(onboard: Callable[..., Path], build: Any, variant: str) -> None:
     objects = build(onboard(**VARIANTS[variant]))
     for o in objects:
-        kubernetes_validate.validate(o, "1.34", strict=True)
+        if o["kind"] == "TrainingRuntime":
+            assert schema_error(o, "trainingruntime") == ""
+        else:
+            kubernetes_validate.validate(o, "1.34", strict=True)
     assert all(o["automountServiceAccountToken"] is False for o in objects if o["kind"] == "ServiceAccount")
     assert rules.broken(objects) == []
     assert {o["metadata"].get("namespace", "silotune-north") for o in objects} == {"silotune-north"}
@@ -131,6 +142,51 @@ def test_its_policy_admits_the_launchers_job_and_not_anothers(onboard: Callable[
         assert admission.refusals(policy, terms, job) == refused
     job["spec"]["activeDeadlineSeconds"] = 1800 + onboarding.MARGIN + 1
     assert "deadline" in admission.refusals(policy, terms, job)
+
+
+def one(objects: list[Any], kind: str, name: str) -> Any:
+    (found,) = (o for o in objects if (o["kind"], o["metadata"]["name"]) == (kind, name))
+    return found
+
+
+def test_a_folder_for_several_nodes_admits_them_and_has_room_for_them(
+    onboard: Callable[..., Path], load: Callable[..., Federation], build: Any, tmp_path: Path
+) -> None:
+    folder = onboard(**VARIANTS["several"], priority_classes=["night"])
+    objects = build(folder)
+    terms = one(objects, "ConfigMap", "silotune-job-terms")
+    assert {k: v for k, v in terms["data"].items() if k.startswith(("maxN", "maxG", "prio"))} == {
+        "maxNodes": "2", "maxGpus": "16", "priorityClass-1": "night", "priorityClass-2": "research",
+    }  # fmt: skip
+    made = job_manifest.job_of(Federation.load(tmp_path / "f.yaml"), "north", "train", "round:1 attempt:1", 1_790_000_000)
+    assert admission.refusals(one(objects, "ValidatingAdmissionPolicy", "silotune-jobs-north"), terms, made) == []
+    assert one(objects, "PersistentVolumeClaim", "silotune-silo")["spec"]["accessModes"] == ["ReadWriteMany"]
+    hard = one(objects, "ResourceQuota", "silotune")["spec"]["hard"]
+    assert (hard["pods"], hard["requests.nvidia.com/gpu"], hard["limits.memory"]) == ("4", "16", "128Gi")
+    assert "`ReadWriteMany`" in (folder / "README.md").read_text()
+
+
+def test_a_folder_for_trainjobs_has_a_runtime_of_its_own_and_admits_what_becomes_of_it(
+    onboard: Callable[..., Path], build: Any, tmp_path: Path
+) -> None:
+    jobset = "system:serviceaccount:jobset-system:jobset-controller-manager"
+    folder = onboard(**VARIANTS["trainjob"], jobset=jobset)
+    objects = build(folder)
+    terms, runtime = one(objects, "ConfigMap", "silotune-job-terms"), one(objects, "TrainingRuntime", "silotune")
+    pod = rules.pod_of(runtime)
+    assert (pod["containers"][0]["image"], pod["runtimeClassName"]) == (IMAGE, "silotune-gpu")
+    made = train_job.train_job_of(Federation.load(tmp_path / "f.yaml"), "north", "train", "round:1 attempt:1", 1_790_000_000)
+    assert admission.refusals(one(objects, "ValidatingAdmissionPolicy", "silotune-trainjobs-north"), terms, made) == []
+    policy = one(objects, "ValidatingAdmissionPolicy", "silotune-jobs-north")
+    assert admission.refusals(policy, terms, jobset_job(made, runtime), jobset) == []
+    assert admission.refusals(policy, terms, jobset_job(made, runtime)) != []
+    granted = {r for rule in one(objects, "Role", "silotune-launcher")["rules"] for r in rule["resources"]}
+    assert granted == {"jobs", "trainjobs"}
+    assert one(objects, "ResourceQuota", "silotune")["spec"]["hard"]["services"] == "20"
+    text = (folder / "README.md").read_text()
+    assert "*TrainJobs*" in text
+    assert "silotune-trainjobs-north" in text
+    assert "*TrainJob" not in (onboard("south") / "README.md").read_text()
 
 
 def test_its_jobs_reach_the_store_it_was_told_of(onboard: Callable[..., Path], build: Any) -> None:
@@ -202,6 +258,8 @@ def test_what_is_left_to_do_is_told(onboard: Callable[..., Path], load: Callable
         ({"endpoint": "store.example"}, "endpoint: must be http"),
         ({"launcher": "silotune-launcher"}, "launcher: must be namespace/service-account"),
         ({"storage": "much"}, "storage: must be a size"),
+        ({"priority_classes": ["system-cluster-critical"]}, "priority class: must be a name"),
+        ({"jobset": "jobset-controller-manager"}, "jobset: must be system:serviceaccount:"),
     ],
 )
 def test_an_argument_of_the_wrong_form_is_refused(onboard: Callable[..., Path], tmp_path: Path, more: dict[str, Any], problem: str) -> None:

@@ -25,12 +25,14 @@ from typing import Any
 
 import boto3
 import pytest
+from typer.testing import CliRunner
 
 from silotune.components.errors import FederationError, UnreachableError
 from silotune.components.federation import Federation
 from silotune.components.object_store import ObjectMissing
 from silotune.components.s3_store import PART, S3Store
 from silotune.pipelines import policies
+from silotune.pipelines.cli import app
 
 spec = importlib.util.spec_from_file_location("stores_to_test_with", Path(__file__).parents[1] / "components" / "conftest.py")
 stores = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -130,7 +132,7 @@ def test_the_coordinator_makes_the_course_and_erases_tensor_files_only(load: Cal
     assert actions == {"s3:PutObject", "s3:GetObject", "s3:ListBucket", "s3:AbortMultipartUpload", "s3:DeleteObject"}
 
 
-def both(federation: Federation, **options: bool) -> list[dict[str, Any]]:
+def both(federation: Federation, **options: Any) -> list[dict[str, Any]]:
     return [policies.silo_policy(federation, "north", **options), policies.coordinator_policy(federation, **options)]
 
 
@@ -163,9 +165,61 @@ def test_unencrypted_requests_are_refused_if_asked(load: Callable[[str], Federat
         assert (deny["Effect"], deny["Action"], deny["Condition"]) == ("Deny", "s3:*", {"Bool": {"aws:SecureTransport": "false"}})
 
 
+@pytest.fixture
+def on_base(load: Callable[[str], Federation], tmp_path: Path) -> Callable[..., Federation]:
+    def write(base: str, root: str = "s3://bucket/team") -> Federation:
+        load(root)
+        (tmp_path / "f.yaml").write_text((tmp_path / "f.yaml").read_text().replace("./base", base))
+        return Federation.load(tmp_path / "f.yaml")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("base", "inside"), [("s3://models/llama/8b", "llama/8b/*"), ("s3://models/llama/8b/", "llama/8b/*"), ("s3://models", "*")]
+)
+def test_a_base_model_in_a_bucket_can_be_read_by_all_and_written_by_none(
+    on_base: Callable[..., Federation], base: str, inside: str
+) -> None:
+    for policy in both(on_base(base)):
+        about = [s for s in policy["Statement"] if "models" in str(s["Resource"])]
+        assert [(s["Effect"], s["Action"]) for s in about] == [("Allow", "s3:GetObject"), ("Allow", "s3:ListBucket")]
+        assert about[0]["Resource"] == [f"arn:aws:s3:::models/{inside}"]
+        assert about[1]["Resource"] == "arn:aws:s3:::models"
+        assert about[1]["Condition"] == {"StringLike": {"s3:prefix": [inside]}}
+
+
+@pytest.mark.parametrize("base", ["s3://bucket", "s3://bucket/team", "s3://bucket/team/tiny", "s3://bucket/team/tiny/base"])
+def test_a_base_model_that_shares_a_folder_with_the_store_is_refused(on_base: Callable[..., Federation], base: str) -> None:
+    for use in (policies.render, policies.coordinator_policy, lambda f: policies.silo_policy(f, "north")):
+        with pytest.raises(FederationError, match=r"model.base: must lie apart from the store, s3://bucket/team/tiny"):
+            use(on_base(base))
+    assert policies.render(on_base("s3://bucket/team/tiny-base"))
+
+
+def test_a_key_of_the_bucket_can_be_used_by_all(load: Callable[[str], Federation]) -> None:
+    key = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+    federation = load("s3://bucket/team")
+    for plain, with_key in zip(both(federation), both(federation, kms_key=key), strict=True):
+        (added,) = (s for s in with_key["Statement"] if s not in plain["Statement"])
+        assert added == {"Sid": "UseKey", "Effect": "Allow", "Action": ["kms:Decrypt", "kms:GenerateDataKey"], "Resource": key}
+    for wrong in ("alias/silotune", "arn:aws:kms:eu-central-1:111122223333:alias/silotune", "*"):
+        with pytest.raises(FederationError, match="--kms-key: must be a key's own"):
+            policies.render(federation, kms_key=wrong)
+
+
+def test_the_command_takes_both(load: Callable[[str], Federation]) -> None:
+    federation = load("s3://bucket/team")
+    key = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd"
+    told = CliRunner().invoke(app, ["policies", str(federation.file), "--tls-only", "--kms-key", key])
+    assert told.stdout.strip() == policies.render(federation, tls_only=True, kms_key=key).strip()
+    assert CliRunner().invoke(app, ["policies", str(federation.file)]).stdout.strip() == policies.render(federation).strip()
+
+
 def test_policies_are_such_as_iam_takes(load: Callable[[str], Federation]) -> None:
     federation = load("s3://bucket/" + "p" * 100)
-    for policy in both(federation, tls_only=True):
+    key = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd"
+    for policy in both(federation, tls_only=True, kms_key=key):
         assert policy["Version"] == "2012-10-17"
         assert all(re.fullmatch(r"[A-Za-z0-9]+", s["Sid"]) for s in policy["Statement"])
         assert len({s["Sid"] for s in policy["Statement"]}) == len(policy["Statement"])
