@@ -1,7 +1,7 @@
 """Placement: what a task needs from the cluster, said to KFP when the pipeline is compiled, as constants.
 
     place(task, federation, silo)                  a silo's task: with launcher: pod, it trains; with launcher: job, it launches and watches
-    place_coordinator(task, federation, box)       initialize, aggregate, export
+    place_coordinator(task, federation, box)       initialize, combine, aggregate, export
 
 With ``launcher: job`` a placement is about the silo's Job, and goes to the silo's cluster (`job_manifest`); the task here is small, runs the
 coordinator's image, and gets the silo's kubeconfig where it names one. With ``launcher: pod`` the same words are about the task's own pod.
@@ -13,6 +13,7 @@ Who gets what, of what lies in the namespace of the pipeline's runs (`k8s/base/c
     all tasks                         the federation file; where the store is
     launchers                         S3 credentials
     initialize, aggregate, export     S3 credentials, the signing key, MLflow's user where tracking.uri is a server
+    combine                           S3 credentials, the signing key
     initialize, export                the coordinator's claims
     export                            a token for Kubeflow's API, where its namespace hands one out
 
@@ -44,7 +45,7 @@ FEDERATION_FOLDER = "/federation"
 KEYS_FOLDER = "/keys"
 SCRATCH = "/tmp"  # noqa: S108 (the container's own, an empty folder)
 LAUNCHER_CPU, LAUNCHER_MEMORY = ("50m", "1"), ("192Mi", "512Mi")  # request, limit
-RETRIES = 3  # of a launcher whose own pod was lost: the next one finds the Job by its name
+RETRIES = 3  # of a task whose own pod was lost: a launcher's next one finds the Job by its name, combine's next one what is stored
 MLFLOW = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 KFP_TOKEN = ("access-ml-pipeline", "true")  # label that Kubeflow's PodDefault, where a profile has one, mounts a token into
 
@@ -73,7 +74,7 @@ def place_launcher(task: PipelineTask, federation: Federation, silo: Silo, image
         task.set_container_image(image)
     task.set_cpu_request(LAUNCHER_CPU[0]).set_cpu_limit(LAUNCHER_CPU[1])
     task.set_memory_request(LAUNCHER_MEMORY[0]).set_memory_limit(LAUNCHER_MEMORY[1])
-    task.set_retry(RETRIES, backoff_duration="10s", backoff_factor=2.0, backoff_max_duration="120s")
+    _retry(task)
     place = federation.coordinator
     _choose_nodes(task, place.node_selector, place.tolerations)
     _give_terms(task, place.config_map)
@@ -88,7 +89,7 @@ def place_coordinator(task: PipelineTask, federation: Federation, box: str, *, i
     """Place one of the coordinator's own tasks.
 
     Args:
-        box: ``initialize``, ``aggregate`` or ``export``.
+        box: ``initialize``, ``combine``, ``aggregate`` or ``export``.
         image: of the task, by digest; default: the one the component names.
 
     Raises:
@@ -110,10 +111,12 @@ def place_coordinator(task: PipelineTask, federation: Federation, box: str, *, i
     _give_credentials(task, place.s3_secret, tuple(job_manifest.KEYS))
     kubernetes.use_secret_as_volume(task, secret_name=place.keys_secret, mount_path=KEYS_FOLDER, optional=True)
     task.set_env_variable(FOLDER_VARIABLE, KEYS_FOLDER)
-    if federation.tracking.uri.startswith(("http://", "https://")):
+    if box != "combine" and federation.tracking.uri.startswith(("http://", "https://")):
         _give_credentials(task, place.mlflow_secret, MLFLOW)
-    if box != "aggregate":
+    if box in ("initialize", "export"):
         _mount_claims(task, place.claims)
+    if box == "combine":  # a round must not fail for want of it
+        _retry(task)
     if box == "export":
         task.set_env_variable(API_VARIABLE, place.kfp_api)
         kubernetes.add_pod_label(task, *KFP_TOKEN)
@@ -167,6 +170,10 @@ def _refuse_what_a_task_cannot_have(silo: Silo) -> None:
         raise FederationError("\n".join(problems))
 
 
+def _retry(task: PipelineTask) -> None:
+    task.set_retry(RETRIES, backoff_duration="10s", backoff_factor=2.0, backoff_max_duration="120s")
+
+
 def _require_digest(what: str, image: str) -> None:
     if "@sha256:" not in image:
         raise FederationError(f"{what}: must be named by digest, registry/name@sha256:…, got {image!r}; a tag can be moved")
@@ -207,13 +214,15 @@ def _set_memory(task: PipelineTask, where: str, quantity: str) -> None:
 
 
 def _give_terms(task: PipelineTask, config_map: str) -> None:
-    """The federation file, where the store is, and a folder to write to: the container's own file system need not be writable."""
+    """The federation file, where the store is and how it is reached, and a folder to write to: the container's own need not be writable."""
     from kfp import kubernetes
 
     kubernetes.use_config_map_as_volume(task, config_map_name=config_map, mount_path=FEDERATION_FOLDER, optional=True)
     name, keys = job_manifest.STORE
-    for key in keys:
+    for key in (*keys, *job_manifest.WAY):
         kubernetes.use_config_map_as_env(task, config_map_name=name, config_map_key_to_env={key: key}, optional=True)
+    authority, folder = job_manifest.AUTHORITY
+    kubernetes.use_config_map_as_volume(task, config_map_name=authority, mount_path=folder, optional=True)
     kubernetes.empty_dir_mount(task, volume_name="scratch", mount_path=SCRATCH)
     task.set_env_variable("HOME", f"{SCRATCH}/home")
 

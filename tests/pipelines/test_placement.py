@@ -47,7 +47,9 @@ def compiled(folder: Path, federation: Federation, **more: Any) -> tuple[dict[st
 TERMS = {
     ("config map", "silotune-federation", "/federation"),
     ("config map", "silotune-store", "AWS_ENDPOINT_URL"),
-    ("config map", "silotune-store", "AWS_REGION"),
+    *(("config map", "silotune-store", key) for key in ("AWS_REGION", "AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")),
+    *(("config map", "silotune-store", key) for key in ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")),
+    ("config map", "silotune-ca", "/ca"),
     ("empty folder", "scratch", "/tmp"),
 }
 S3 = {("secret", "silotune-s3", "AWS_ACCESS_KEY_ID"), ("secret", "silotune-s3", "AWS_SECRET_ACCESS_KEY")}
@@ -106,7 +108,7 @@ def test_a_pod_is_placed_word_for_word(tmp_path: Path) -> None:
     ]
     assert settings["nodeAffinity"][0]["nodeAffinityJson"]["runtimeValue"]["constant"] == NODES
     assert [(p["constant"], p["mountPath"]) for p in settings["pvcMount"]] == [("north-data", "/silo")]
-    assert [(c["configMapName"], c["mountPath"]) for c in settings["configMapAsVolume"]] == [("terms", "/federation")]
+    assert [(c["configMapName"], c["mountPath"]) for c in settings["configMapAsVolume"]] == [("terms", "/federation"), ("silotune-ca", "/ca")]
     pairs = [(s["secretName"], k["secretKey"], k["envVar"]) for s in settings["secretAsEnv"] for k in s["keyToEnv"]]
     assert pairs == [("north-s3", "key", "A"), ("north-s3", "key", "B")]
     assert not any(use.get("optional") for kind in ("secretAsVolume", "secretAsEnv") for use in settings[kind]), "the file names them"
