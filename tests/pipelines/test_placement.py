@@ -250,6 +250,7 @@ def test_other_names_and_another_kubeflow_are_the_files_to_say(tmp_path: Path) -
         "ward-s3",
         "ward-mlflow",
         "silotune-store",
+        "silotune-ca",
         "scratch",
     }
     assert environment(found["export"][0])["SILOTUNE_KFP_API"] == "https://kfp.example"
