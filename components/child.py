@@ -15,6 +15,7 @@ import fcntl
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from silotune.components.ending import NO_MEMORY, in_words, oom_kills, told
+from silotune.components.ending import DISK_FULL_REASON, NO_MEMORY, in_words, oom_kills, told
 from silotune.components.errors import FederationError, QuorumError, RefusedError, SilotuneError, UnreachableError
 from silotune.components.progress import HEARTBEAT_VARIABLE, RUN_VARIABLE, read_heartbeat, tell
 
@@ -50,16 +51,24 @@ class ChildHung(SilotuneError):
     """The child showed no sign of life for too long and was killed."""
 
 
-def coordinate(box: str, *arguments: str) -> str:
-    """Run a coordinator's step in a child, and tell of its start and end; its errors break the pipeline."""
+def coordinate(box: str, *arguments: str, failed: str = "") -> str:
+    """Run a coordinator's step in a child, and tell of its start and end; its errors break the pipeline.
+
+    Args:
+        failed: given where another box does the work if this one cannot: how its output begins then. Only a store out of reach breaks the
+            pipeline, since that other box could do nothing either.
+    """
     die_with_run()
     tell(box, "started")
     began = time.monotonic()
     try:
         output = call(box, *arguments)
     except SilotuneError as error:
-        tell(box, "broke", exit_code=error.exit_code, detail=str(error))
-        raise SystemExit(error.exit_code) from None
+        if not failed or (isinstance(error, UnreachableError) and error.reason != DISK_FULL_REASON):
+            tell(box, "broke", exit_code=error.exit_code, detail=str(error))
+            raise SystemExit(error.exit_code) from None
+        tell(box, "warned", detail=str(error))
+        output = re.sub(r"[^A-Za-z0-9 :._-]", "_", f"{failed}: {error.reason}")[:300]
     tell(box, "ended", output=output, seconds=round(time.monotonic() - began, 2))
     return output
 

@@ -18,6 +18,7 @@ NO_MEMORY_TEXT = re.compile(
     r"can't allocate memory|out of memory|Cannot allocate memory|ALLOC_FAILED|bad_alloc|os error 12\b", re.IGNORECASE
 )
 DISK_FULL_TEXT = re.compile(r"No space left on device|os error 28\b|code: 28\b|Disk quota exceeded", re.IGNORECASE)
+DISK_FULL_REASON = "disk full"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -56,7 +57,7 @@ def told(error: Exception) -> dict[str, Any]:
         return {"exit_code": 1, "message": NO_MEMORY, "reason": "out of memory"}
     if number in DISK_FULL or DISK_FULL_TEXT.search(text):
         what = f"{os.strerror(number or errno.ENOSPC)}: {getattr(error, 'filename', None) or 'a local file'}"
-        return {"exit_code": UnreachableError.exit_code, "message": f"{what}; free space, then run again", "reason": "disk full"}
+        return {"exit_code": UnreachableError.exit_code, "message": f"{what}; free space, then run again", "reason": DISK_FULL_REASON}
     if isinstance(error, OSError):
         message = f"{error.strerror or type(error).__name__}: {error.filename or 'a local file'}; free space or give access, then run again"
         return {"exit_code": 1, "message": message, "reason": "a local file cannot be used"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Literal
 
@@ -10,6 +11,7 @@ from silotune.components.errors import FederationError, QuorumError, SilotuneErr
 from silotune.components.federation import Agreement, Federation, Until
 from silotune.components.protocol import Commit, Evaluation, Participant, Plan, Turn, pooled
 from silotune.components.rounds import Rounds
+from silotune.components.strategies import Aggregation, Strategy
 
 
 def require_quorum(federation: Federation, what: str, present: list[str], missing: dict[str, str], share: float = 1.0) -> None:
@@ -31,10 +33,8 @@ def require_quorum(federation: Federation, what: str, present: list[str], missin
         digits = 0 if f"{quorum.weight:.0%}" != f"{share:.0%}" else 2  # else it would read: 67% must, 67% were
         rule = f"{quorum.weight:.{digits}%} of the examples asked for must be trained on, {share:.{digits}%} were"
     lines = [f"{what}, {rule}:"]
-    lines += [f"  {silo:<20} {why}" for silo, why in sorted(missing.items())]
-    if missing:
-        lines.append("run again to ask the missing silos only; what the others delivered is kept")
-    else:  # a deadline has cut all of them short, and nobody is left to ask
+    lines += told(missing)
+    if not missing:  # a deadline has cut all of them short, and nobody is left to ask
         lines.append("lower rounds.quorum.weight, or set rounds.on_missing_quorum: skip and a longer rounds.deadline; then run again")
     causes: list[tuple[tuple[str, ...], type[SilotuneError]]] = [
         (("data or settings",), FederationError),
@@ -43,6 +43,12 @@ def require_quorum(federation: Federation, what: str, present: list[str], missin
     whys = list(missing.values())
     kind = next((k for words, k in causes if whys and all(any(w in why for w in words) for why in whys)), QuorumError)
     raise kind("\n".join(lines))
+
+
+def told(missing: dict[str, str]) -> list[str]:
+    """Who is missing and why, as lines, and what to do about it; none where nobody is."""
+    lines = [f"  {silo:<20} {why}" for silo, why in sorted(missing.items())]
+    return [*lines, "run again to ask the missing silos only; what the others delivered is kept"] if lines else []
 
 
 def has_quorum(federation: Federation, present: list[str], share: float = 1.0) -> bool:
@@ -85,7 +91,8 @@ def _plan(federation: Federation, rounds: Rounds, latest: Commit, agreement: Agr
     cursors = cursors_after(rounds)
     tensors = schema_object(rounds, latest)
     shapes = rounds.json_object(tensors)
-    asked = {silo: update_schema(shapes, strategy, number, agreement.rank_of(silo)) for silo in sorted(agreement.silos)}
+    turn = turn_of(rounds, latest, strategy)
+    asked = {silo: update_schema(shapes, strategy, turn, agreement.rank_of(silo)) for silo in sorted(agreement.silos)}
     return Plan(
         round=number,
         agreement=agreement.digest,
@@ -95,9 +102,35 @@ def _plan(federation: Federation, rounds: Rounds, latest: Commit, agreement: Agr
         accepted=[(number, latest.outgoing)],
         participants={s: Participant(tensors=rounds.put_json_object(asked[s]), cursor=cursors.get(s, 0)) for s in asked},
         learning_rate=terms.learning_rate * decay(terms.round_schedule, done / federation.rounds.total),
-        server_state=latest.server_state if strategy.memory else {},
+        server_state=carried_on(rounds, latest, agreement.aggregation) if strategy.memory else {},
         code=version("silotune"),
     )
+
+
+def lineage(rounds: Rounds, latest: Commit) -> Iterator[Commit]:
+    """The commits that the global of ``latest`` was made through, newest first; without those that a rollback has left behind, and round 0."""
+    commit = latest
+    while commit.round:
+        yield commit
+        commit = rounds.commit(commit.round - 1 if commit.back_to is None else commit.back_to)
+
+
+def under(rounds: Rounds, latest: Commit, terms: Aggregation) -> Iterator[Commit]:
+    """The newest part of the lineage: as far as the terms of aggregation have been these. What is carried from round to round holds for it."""
+    for commit in lineage(rounds, latest):
+        if rounds.agreement(commit.agreement).aggregation != terms:
+            return
+        yield commit
+
+
+def carried_on(rounds: Rounds, latest: Commit, terms: Aggregation) -> dict[str, str]:
+    """What aggregation carries into the next round; empty where it begins, or begins anew under other terms."""
+    return next((c.server_state for c in under(rounds, latest, terms) if c.made_global), {})
+
+
+def turn_of(rounds: Rounds, latest: Commit, strategy: Strategy) -> int:
+    """The next round's place, from 1, among those that have made a global on the way, where something is trained in turns: it must miss none."""
+    return 1 + (sum(c.made_global for c in lineage(rounds, latest)) if strategy.sends == "alternate" else latest.round)
 
 
 def cursors_after(rounds: Rounds) -> dict[str, int]:

@@ -152,6 +152,26 @@ class Refusal(Record):
     at: float
 
 
+class Summand(Section):
+    """A silo's part in a partial sum."""
+
+    manifest: str
+    weight: float = Field(gt=0, description="What its update was multiplied by.")
+    norm: float
+
+
+class Partial(Record):
+    """The sum of one group's updates, made ahead of the mean. It holds for exactly these manifests, and no longer than they stand."""
+
+    round: int = Field(ge=1)
+    attempt: int = Field(ge=1)
+    group: int = Field(ge=1, description="Place among the groups of the plan, from 1.")
+    object: str = Field(description="SHA-256 of the tensor file.")
+    silos: dict[str, Summand]
+    refused: dict[str, str] = Field(default_factory=dict, description="Silos whose updates were refused while it was made, and the rule.")
+    at: float
+
+
 class Contribution(Section):
     """A silo's part in a commit."""
 

@@ -5,7 +5,7 @@ Only update files are erased. Globals, commits, manifests and scores stay, so th
 
 from __future__ import annotations
 
-from silotune.components import audit
+from silotune.components import audit, opening
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation
 from silotune.components.rounds import Rounds
@@ -14,7 +14,8 @@ from silotune.components.rounds import Rounds
 def due(federation: Federation, rounds: Rounds) -> dict[str, list[str]]:
     """Update files that ``storage.retention.updates`` no longer keeps, by silo: digests in order.
 
-    Kept are those of the latest rounds, those of the open round, and whatever a silo may be sending just now.
+    Kept are those of the latest rounds, those of the open round, and whatever a silo may be sending just now. With a strategy whose silos
+    need what their own rounds add up to, all that adds up to it is kept as well.
     """
     keep = federation.storage.retention.updates
     stored = _stored(rounds)  # before the rounds are looked at: what is sent while this works is not even in the list
@@ -27,6 +28,9 @@ def due(federation: Federation, rounds: Rounds) -> dict[str, list[str]]:
         for c in rounds.commit(number).contributions.values()
     }
     plan = rounds.plan(latest.round + 1)
+    terms = rounds.agreement(plan.agreement if plan else latest.agreement).aggregation
+    if terms.traits.memory:
+        kept |= {c.object for commit in opening.under(rounds, latest, terms) for c in commit.contributions.values()}
     delivered = rounds.updates(latest.round + 1)[0] if plan else {}
     kept |= {m.object for m in delivered.values()}
     known = {c.object for commit in rounds.commits() for c in commit.contributions.values()}

@@ -10,6 +10,8 @@ No server holds a federation; these keys do, each one PUT, created if absent, so
     <federation>/rounds/00003/reports/<k>/<silo>.json    ok | failed | refused | late, with a reason and allowed scalars
     <federation>/rounds/00003/updates/<silo>.json        manifest of an update file; stays valid while the round is open
     <federation>/rounds/00003/refusals/<silo>.json       why the aggregator refused it; the silo's next one is updates/<silo>.2.json
+    <federation>/rounds/00003/partials/<k>/<group>.json  what the sum of a group of updates was made of, in the k-th try (see `aggregate.groups`)
+    <federation>/partials/<sha256>                       such sums, by content, until the round is committed; the coordinator's alone to read
     <federation>/rounds/00003/commit.json                written last: the round happened if and only if it exists
     <federation>/evaluations/<global>/<silo>/<split>-<digest>.json
     <federation>/exports/<commit>.json                   what was exported from a commit
@@ -51,6 +53,7 @@ from silotune.components.protocol import (
     Evaluation,
     Exported,
     OfSilo,
+    Partial,
     Plan,
     Record,
     Refusal,
@@ -301,6 +304,45 @@ class Rounds:
             except ObjectMissing:
                 return found
             count += 1
+
+    # Sums of groups of updates
+
+    def partial_key(self, digest: str) -> str:
+        """Where the sum of a group lies: not among the objects, which silos may read, since from a small group's sum one learns of its members."""
+        return self.key("partials", digest)
+
+    def put_partial(self, path: Path) -> str:
+        """Store a sum under its SHA-256 and return that."""
+        digest = file_digest(path)
+        self.store.put_file(self.partial_key(digest), path)
+        return digest
+
+    def partial_blob(self, digest: str) -> StoreBlob:
+        """As `object_blob`, of a sum. Raises ObjectMissing."""
+        key = self.partial_key(digest)
+        if (size := self.store.size(key)) is None:
+            raise ObjectMissing(key)
+        return StoreBlob(self.store, key, size)
+
+    def write_partial(self, partial: Partial) -> Partial:
+        """Returns the record that stands for this group in this attempt."""
+        return self.create(partial, self._round(partial.round, "partials", str(partial.attempt), f"{partial.group}.json"))
+
+    def partial(self, number: int, attempt: int, group: int) -> Partial | None:
+        """Raises RefusedError where the record cannot be believed, or is of another group or attempt."""
+        key = self._round(number, "partials", str(attempt), f"{group}.json")
+        try:
+            found = self.read(Partial, key)
+        except ObjectMissing:
+            return None
+        if (found.attempt, found.group) != (attempt, group):
+            raise RefusedError(f"{key}: says that it is of group {found.group} in attempt {found.attempt}", "filed elsewhere")
+        return found
+
+    def drop_partials(self) -> None:
+        """Delete all stored sums: those of committed rounds are of no use, and any other is made again by whoever misses it."""
+        for key in list(self.store.list(self.key("partials") + "/")):
+            self.store.delete(key)
 
     # Evaluations, exports, tracking
 

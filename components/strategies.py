@@ -6,7 +6,7 @@ anything reaches a silo. The arithmetic is in `learning.aggregation`; nothing he
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -194,7 +194,18 @@ class Aggregation(Section):
     @property
     def tree(self) -> bool:
         """Whether sums of groups are sums of the whole."""
-        return self.traits.linear and self.robust is None
+        return self.traits.linear and self.robust is None and self.clip is None and not self.zeroing
+
+    def groups(self, silos: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        """Whose updates are summed first, apart from the others': runs of ``fan_in`` in the sorted order of ids; empty where one sum will do.
+
+        Args:
+            silos: all that a plan asks, whether they deliver or not, so that nobody's group depends on who is missing.
+        """
+        ids = sorted(silos)
+        if not self.tree or len(ids) <= self.fan_in:
+            return ()
+        return tuple(tuple(ids[at : at + self.fan_in]) for at in range(0, len(ids), self.fan_in))
 
 
 def conflicts(raw: Mapping[str, Any]) -> Iterator[str]:
@@ -226,10 +237,31 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(clip, dict) and (clip.get("norm") is None) == (clip.get("quantile") is None):
         yield "aggregation.clip: must hold either norm or quantile; give one of them"
     for key in ("clip", "zeroing"):
-        if terms.get(key) and (strategy.memory or strategy.folds):
-            yield f"aggregation.{key}: cannot hold with {name}, whose updates are more than one difference; choose another strategy"
+        if terms.get(key) and (strategy.memory or strategy.folds or strategy.by_steps):
+            why = "which weighs updates by their steps" if strategy.by_steps else "whose updates are more than one difference"
+            yield f"aggregation.{key}: cannot hold with {name}, {why}; choose another strategy"
+        if terms.get(key) and terms.get("carry") and strategy.combine == "product":
+            yield f"aggregation.carry: cannot hold with {key}, which has no part for what is carried; remove one of them"
+    if terms.get("robust") and terms.get("carry") and strategy.combine == "product":
+        yield "aggregation.carry: cannot hold with robust, since what is carried would come from no silo; remove one of them"
+    yield from _tree_conflicts(raw, terms, name, strategy)
     if isinstance(robust := terms.get("robust"), dict):
         yield from _rule_conflicts(raw, robust, name, strategy, full)
+
+
+def _tree_conflicts(raw: Mapping[str, Any], terms: Mapping[str, Any], name: str, strategy: Strategy) -> Iterator[str]:
+    """Groups of updates that were asked for, and cannot be summed apart."""
+    fan_in, silos = terms.get("fan_in"), raw.get("silos")
+    count = len(silos) if isinstance(silos, list) else 0
+    if not isinstance(fan_in, int) or fan_in == Aggregation.model_fields["fan_in"].default or count <= fan_in:
+        return
+    found = [key for key in ("robust", "clip", "zeroing") if terms.get(key)]
+    if not strategy.linear:
+        able = ", ".join(n for n, s in STRATEGIES.items() if s.linear)
+        yield f"aggregation.fan_in: is for means, which groups of silos can make apart, got {fan_in} with {name}; remove it, or choose one of {able}"
+    elif found:
+        what = " and ".join(found)
+        yield f"aggregation.fan_in: cannot hold with {what}, which must see all updates side by side, got {fan_in} for {count} silos; remove one of them"
 
 
 def _differs(given: Any, usual: Section) -> bool:

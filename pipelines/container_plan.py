@@ -1,6 +1,6 @@
 """What a party's containers get of this machine: folders, variables and network, each party its own.
 
-    plan(federation, COORDINATOR, run_folder)    the boxes initialize, aggregate and export
+    plan(federation, COORDINATOR, run_folder)    the boxes initialize, combine, aggregate and export
     plan(federation, "north", run_folder)        the boxes of one silo: its own records and storage, nobody else's
 
 Everything appears in a container at the path it has here, so that the federation file means the same on both sides. What does not exist is
@@ -39,7 +39,7 @@ class Images:
     """Of this machine's engine, by tag."""
 
     silo: str  # with PyTorch: the silos' boxes, initialize and export
-    coordinator: str  # without: aggregate
+    coordinator: str  # without: combine and aggregate
 
 
 @dataclass(frozen=True)

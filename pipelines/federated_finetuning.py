@@ -1,6 +1,7 @@
 """The DAG: preprocess in every silo, initialize, then rounds of {train in every silo, aggregate}, evaluate in every silo, export.
 
-Everything is unrolled when it is compiled, over silos and over the rounds of one run. Tasks hand each other short texts only: statuses of
+Where silos are more than ``aggregation.fan_in`` and their updates can be summed in groups, each round has a combine task per group between train
+and aggregate. Everything is unrolled when it is compiled, over silos and over the rounds of one run. Tasks hand each other short texts only: statuses of
 silos, and the *turn*, which says which round is open. A round whose work is done already, by an earlier run or because the federation has
 converged, passes quickly. Caching is off throughout: whether a step has anything to do is for the store to say.
 """
@@ -11,6 +12,7 @@ from typing import Any
 from kfp import dsl
 
 from silotune.components.aggregate.component import aggregate
+from silotune.components.combine.component import combine
 from silotune.components.errors import FederationError
 from silotune.components.evaluate.component import evaluate
 from silotune.components.export.component import export
@@ -38,6 +40,7 @@ def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = 
         FederationError: more silo-trainings than one run can hold, or a placement that cannot be given.
     """
     silos = federation.silo_ids
+    groups = federation.aggregation.groups(silos)
     if len(silos) * rounds > MOST_TRAININGS:
         raise FederationError(
             f"rounds.per_run: {len(silos)} silos × {rounds} rounds are {len(silos) * rounds} trainings, one run holds {MOST_TRAININGS}; "
@@ -50,8 +53,8 @@ def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = 
             return task.set_container_image(images.silo).set_env_variable(PARTY_VARIABLE, silo)
         return place(task, federation, silo, coordinator_image=federation.coordinator_image) if placed else task
 
-    def of_coordinator(component: Any, **arguments: Any) -> Any:
-        task = _named(component(**arguments), component.name)
+    def of_coordinator(component: Any, number: str = "", **arguments: Any) -> Any:
+        task = _named(component(**arguments), f"{component.name} {number}".rstrip())
         builds_model = component in (initialize, export)
         if images:
             image = images.silo if builds_model else images.coordinator
@@ -61,8 +64,13 @@ def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = 
 
     @dsl.pipeline(name="federated-round", description="Train in every silo, then aggregate.")
     def federated_round(federation: str, turn: str) -> str:
-        trained = [of_silo(train, s, federation=federation, turn=turn) for s in silos]
-        return of_coordinator(aggregate, federation=federation, turn=turn, statuses=_outputs(trained)).outputs["Output"]
+        trained = {s: of_silo(train, s, federation=federation, turn=turn) for s in silos}
+        combined = [
+            of_coordinator(combine, n, federation=federation, turn=turn, group=n, statuses=_outputs([trained[s] for s in group]))
+            for n, group in ((str(i), group) for i, group in enumerate(groups, 1))
+        ]
+        aggregated = of_coordinator(aggregate, federation=federation, turn=turn, statuses=_outputs(list(trained.values())))
+        return aggregated.after(*combined).outputs["Output"]
 
     @dsl.pipeline(name=f"silotune-{federation.name}", description=f"Federated fine-tuning of {federation.name}.")
     def pipeline(federation: str) -> str:

@@ -52,9 +52,9 @@ class Current:
 
 
 class Course:
-    """A run of ``slots`` rounds over ``silos``, told event by event."""
+    """A run of ``slots`` rounds over ``silos``, whose updates are summed in ``groups`` if there are any, told event by event."""
 
-    def __init__(self, silos: list[str], slots: int) -> None:
+    def __init__(self, silos: list[str], slots: int, groups: int = 0) -> None:
         self.current: Current | None = None
         self.turn = Turn()
         self.first = 0  # round that the run's first slot works on
@@ -64,7 +64,7 @@ class Course:
         self._costs: dict[tuple[str, str], float] = {}  # seconds of a (box, silo), to the start of the next one
         self._todo = Counter([(box, s) for box in ("preprocess", "evaluate") for s in silos])
         self._todo += Counter({("train", s): slots for s in silos} if slots else {})
-        self._todo += Counter({("initialize", ""): 1, ("aggregate", ""): slots, ("export", ""): 1})
+        self._todo += Counter({("initialize", ""): 1, ("combine", ""): slots * groups, ("aggregate", ""): slots, ("export", ""): 1})
 
     def take(self, event: dict[str, Any]) -> str:
         """Take in one event; returns the line that tells of it, or nothing."""
@@ -96,7 +96,7 @@ class Course:
         self.first = self.first or turn.round
         if turn.done:
             for key in self._todo:
-                if key[0] in ("train", "aggregate"):
+                if key[0] in ("train", "combine", "aggregate"):
                     self._todo[key] = 0
 
     def _trouble(self, silo: str, text: str) -> str:
@@ -150,7 +150,7 @@ class View:
 
     def __init__(self, federation: Federation, rounds: Rounds, slots: int) -> None:
         self.federation, self.rounds = federation, rounds
-        self.course = Course(federation.silo_ids, slots)
+        self.course = Course(federation.silo_ids, slots, len(federation.aggregation.groups(federation.silo_ids)))
         self.done: dict[int, RoundStatus] = {}  # rounds committed while we watched, and the one before them
         self.began = time.time()
         self._homes = {s.id: Path(s.storage) / federation.name for s in federation.silos}

@@ -25,7 +25,8 @@ import yaml
 
 from silotune.components import base_model, opening
 from silotune.components.aggregate import step as aggregate
-from silotune.components.errors import RefusedError, SilotuneError
+from silotune.components.combine import step as combine
+from silotune.components.errors import RefusedError, SilotuneError, UnreachableError
 from silotune.components.evaluate import step as evaluate
 from silotune.components.export import step as export
 from silotune.components.federation import Federation
@@ -36,6 +37,7 @@ from silotune.components.learning.evaluation import evaluate as score
 from silotune.components.learning.records import read_records
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.preprocess import step as preprocess
+from silotune.components.progress import tell
 from silotune.components.protocol import Commit, Turn, pooled
 from silotune.components.rounds import Rounds
 from silotune.components.silo_job import silo_home, status_text
@@ -77,6 +79,8 @@ class Simulation:
         while not turn.done and (rounds is None or rounds > 0):
             with models.kept():
                 trained = [self._attempt(train, silo, turn.text) for silo in self.federation.silo_ids]
+                for number, _ in enumerate(self.federation.aggregation.groups(self.federation.silo_ids), 1):
+                    self._combine(turn.text, str(number))
                 following = self._coordinate(aggregate, turn.text, *trained)
                 yield self._result(turn.round)
             turn = Turn.parse(following)
@@ -176,6 +180,15 @@ class Simulation:
                 error.args = ("\n".join([str(error), *(f"  {silo}: {detail}" for silo, detail in self.details.items())]),)
             raise
 
+    def _combine(self, turn: str, group: str) -> None:
+        """Where it fails, aggregate does the work, here as in the pipeline."""
+        try:
+            combine.work(str(self.file), turn, group)
+        except UnreachableError:
+            raise
+        except SilotuneError as error:
+            tell("combine", "warned", detail=str(error))
+
     def _result(self, number: int) -> RoundResult:
         commit = self.rounds.commit(number)
         agreement = self.rounds.agreement(commit.agreement)
@@ -227,6 +240,11 @@ class Simulation:
         shutil.rmtree(folder / ".silotune", ignore_errors=True)
         terms = self.federation.model_dump()
         terms |= {"silos": [{k: v for k, v in s.items() if v is not None} for s in silos]}
+        terms["aggregation"] = {"strategy": "fedavg", "weights": self.federation.aggregation.weights}  # of one silo: its own difference
+        for silo in terms["silos"]:
+            if rank := (silo.pop("lora", None) or {}).get("r"):
+                lora = terms["model"]["lora"]
+                lora |= {"r": rank, "alpha": lora["alpha"] * rank / lora["r"]}
         terms["training"] |= training
         terms["rounds"] |= {"quorum": 1, "per_run": None} | ({"total": rounds} if rounds else {})
         terms |= {"storage": {"root": "./.silotune/store"}, "tracking": {"uri": "none"}, "security": {"signing": False}}

@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from silotune.components import opening
 from silotune.components.federation import Agreement
 from silotune.components.learning.aggregation.combination import OPTIMIZER, REST, Carried, Combined, Round
 from silotune.components.learning.aggregation.factors import A
@@ -31,7 +32,7 @@ def round_of(rounds: Rounds, latest: Commit, plan: Plan, agreement: Agreement, i
         CorruptObject, ObjectMissing: what is carried cannot be read.
     """
     terms = agreement.aggregation
-    known = latest.server_state if rounds.agreement(latest.agreement).aggregation == terms else {}  # other terms begin anew
+    known = opening.carried_on(rounds, latest, terms)
     files = {
         name: open_tensor_file(rounds.fetch_object(known[name], folder / f"{name}-before")) for name in (OPTIMIZER, REST) if name in known
     }
@@ -39,7 +40,9 @@ def round_of(rounds: Rounds, latest: Commit, plan: Plan, agreement: Agreement, i
     lora = agreement.model.get("lora")
     return Round(
         terms=terms, incoming=incoming, silos=len(agreement.silos), scale=lora["alpha"] / lora["r"] if lora else 1.0,
+        ranks=tuple(sorted({agreement.rank_of(silo) for silo in agreement.silos})),
         carried=Carried(files, numbers), initial=_begun_anew(agreement, plan, incoming) if terms.traits.combine == "stack" else {},
+        groups=terms.groups(plan.participants),
     )  # fmt: skip
 
 

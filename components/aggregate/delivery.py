@@ -84,7 +84,7 @@ def silo_of(error: UpdateRefused | ObjectMissing, updates: Mapping[str, Update])
 def _whole(rounds: Rounds, expected: Expectation, digest: str, folder: Path, header: str) -> Update:
     """Every byte verified. A range can have been damaged on the way: then the copy is sound. The store can have damaged the object: then it does
     not have its digest, and the silo can send it again. Where it has, the silo has sent what must be refused."""
-    path = rounds.fetch_object(digest, folder / f"{expected.silo}.safetensors", expected.silo)
+    path = rounds.fetch_object(digest, folder / f"update-{expected.silo}.safetensors", expected.silo)
     try:
         update = open_update(path, expected)
         if header not in ("", update.file.header_digest):

@@ -12,18 +12,20 @@ import math
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from silotune.components import audit, child, opening, tracking
-from silotune.components.aggregate import carried
+from silotune.components.aggregate import carried, groups
 from silotune.components.aggregate.delivery import expectation, fetch_whole, open_delivery, silo_of
-from silotune.components.errors import RefusedError, SilotuneError
+from silotune.components.aggregate.intake import Intake
+from silotune.components.errors import QuorumError, RefusedError, SilotuneError
 from silotune.components.federation import Agreement, Federation
-from silotune.components.learning.aggregation.combination import OUTGOING, Combined, combine
+from silotune.components.learning.aggregation.combination import OUTGOING, Combined, combine, summands
 from silotune.components.learning.aggregation.guards import norm_outliers
+from silotune.components.learning.aggregation.summation import SumDamaged
+from silotune.components.learning.aggregation.tree import Stored
 from silotune.components.learning.tensor_file import open_tensor_file
-from silotune.components.learning.update import Expectation, Update, UpdateRefused
+from silotune.components.learning.update import Update, UpdateRefused
 from silotune.components.object_store import ObjectMissing
 from silotune.components.progress import tell
 from silotune.components.protocol import Commit, Contribution, Plan, Turn, UpdateManifest
@@ -31,7 +33,6 @@ from silotune.components.rounds import CorruptObject, Rounds, file_digest
 from silotune.components.silo_job import parse_status
 
 RECENT = 5  # rounds whose norms say what is usual
-OPENERS = 8  # updates whose headers are read at once
 
 
 def run(federation: str, turn: str, statuses: list[str]) -> str:
@@ -57,6 +58,7 @@ def work(federation_file: str, turn_text: str, *statuses: str) -> str:
         raise RefusedError(f"round {turn.round} cannot be committed: the highest commit is {latest.round if latest else 'none'}; run again")
     if latest.round < turn.round:
         latest = rounds.write_commit(_close(federation, rounds, latest, turn, statuses))
+    rounds.drop_partials()
     audit.sync(rounds)
     try:
         tracking.sync(federation, rounds)
@@ -121,36 +123,38 @@ def _aggregated(
     federation.work.mkdir(parents=True, exist_ok=True)  # in a pod of its own nobody was here before
     with tempfile.TemporaryDirectory(dir=federation.work) as folder:
         incoming = fetch_global(rounds, latest, Path(folder) / "incoming.safetensors")
-        accepted: dict[str, Update] = {}
-        # Outside of what a silo answers for: where the plan's own list of tensors is damaged, no update is refused for it.
-        expected = {silo: expectation(rounds, plan, agreement, silo) for silo in sorted(manifests) if silo in plan.participants}
-        with ThreadPoolExecutor(OPENERS) as pool:
-            opened = pool.map(lambda s: _opened(rounds, expected.get(s), manifests[s], Path(folder)), sorted(manifests))
-            for silo, found in zip(sorted(manifests), opened, strict=True):
-                if isinstance(found, Update):
-                    accepted[silo] = found
-                else:
-                    missing[silo] = _refuse(rounds, manifests[silo], found)
+        intake = Intake.of("aggregate", rounds, plan, agreement, manifests, Path(folder))
+        accepted = intake.accepted
         for silo, rule in _norm_outliers(federation, rounds, latest, plan, accepted).items():
-            missing[silo] = _refuse(rounds, manifests[silo], UpdateRefused(silo, rule, "look into its records and learning rate"))
-            del accepted[silo]
+            intake.refuse(silo, UpdateRefused(silo, rule, "look into its records and learning rate"))
         given = carried.round_of(rounds, latest, plan, agreement, open_tensor_file(incoming), Path(folder))
+        stored: list[Stored] = []
+        if given.groups and accepted:
+            stored = groups.stored_sums(rounds, turn, given.groups, summands(given.terms, accepted)[0], intake)
         while True:
+            missing |= {silo: f"refused: {rule}" for silo, rule in intake.refused.items()}
             share = opening.share_trained(plan, agreement, {silo: u.header.examples for silo, u in accepted.items()})
             if federation.rounds.on_missing_quorum == "skip" and not opening.has_quorum(federation, sorted(accepted), share):
                 tell("aggregate", "warned", detail=f"round {turn.round} is skipped: too few silos delivered")
                 return opening.without_result("skipped", federation, latest, plan, agreement, turn.attempt, missing)
             opening.require_quorum(federation, f"round {turn.round} stays open", sorted(accepted), missing, share)
             try:
-                made = combine(given, accepted, Path(folder))
+                made = combine(given, accepted, Path(folder), stored)
                 break
-            except (UpdateRefused, ObjectMissing) as error:  # found late: start over with a whole copy, or without that silo
-                silo = silo_of(error, accepted)
-                try:
-                    accepted[silo] = fetch_whole(rounds, expected[silo], manifests[silo].object, Path(folder), accepted[silo], error)
-                except (RefusedError, ObjectMissing) as final:
-                    del accepted[silo]
-                    missing[silo] = _refuse(rounds, manifests[silo], final)
+            except QuorumError as error:  # enough for the federation, too few for its robust rule
+                if federation.rounds.on_missing_quorum == "skip":
+                    tell("aggregate", "warned", detail=f"round {turn.round} is skipped: {error}")
+                    return opening.without_result("skipped", federation, latest, plan, agreement, turn.attempt, missing)
+                raise QuorumError("\n".join([f"round {turn.round} stays open: {error}", *opening.told(missing)])) from None
+            except (SumDamaged, UpdateRefused, ObjectMissing) as error:  # found late: start over, without that sum or silo or with a copy
+                left = groups.without(rounds, stored, error)
+                if len(left) < len(stored):
+                    tell("aggregate", "warned", detail=f"round {turn.round}: {error}; the group is summed again")
+                    stored = left
+                elif isinstance(error, SumDamaged):
+                    raise
+                else:
+                    intake.mend(error)
         outgoing = rounds.put_object(Path(folder) / OUTGOING)
         server_state = carried.put(rounds, made)
     for silo, why in made.told.items():
@@ -202,28 +206,11 @@ def _absent(rounds: Rounds, plan: Plan, manifests: dict[str, UpdateManifest], tu
     reports = {silo: report.text for silo, report in rounds.reports(turn.round, turn.attempt).items()}
     unasked = rounds.attempt(turn.round, turn.attempt).missing
     known = {**said, **reports, **unasked}
-    return {silo: known.get(silo, "failed: no report came") for silo in plan.participants if silo not in manifests}
-
-
-def _opened(rounds: Rounds, expected: Expectation | None, manifest: UpdateManifest, folder: Path) -> Update | RefusedError | ObjectMissing:
-    """One update, or why there is none."""
-    try:
-        if expected is None:
-            raise UpdateRefused(manifest.silo, "it was not asked", "wait for a plan that names it")
-        return open_delivery(rounds, expected, manifest.object, folder, manifest.header)
-    except (RefusedError, ObjectMissing) as error:
-        return error
-
-
-def _refuse(rounds: Rounds, manifest: UpdateManifest, error: SilotuneError) -> str:
-    """Keep an update out, for good where it is wrong in itself; returns what the commit says of it."""
-    rule = error.rule if isinstance(error, UpdateRefused) else error.reason
-    tell("aggregate", "warned", manifest.silo, detail=str(error))
-    damaged = isinstance(error, CorruptObject | ObjectMissing)
-    if isinstance(error, CorruptObject):
-        rounds.store.delete(error.key)  # else the silo could not send it again: what is there, is not written
-    rounds.refuse_update(manifest.round, manifest.silo, rule, resend=damaged, manifest=manifest.digest)
-    return f"refused: {rule}"
+    found = {silo: known.get(silo, "failed: no report came") for silo in plan.participants if silo not in manifests}
+    for silo, why in found.items():  # it delivered, and another box, or run, has refused that since
+        if (why == "ok" or why.startswith("ok:")) and (refusal := rounds.refusal(turn.round, silo)):
+            found[silo] = f"refused: {refusal.rule}"
+    return found
 
 
 def _norm_outliers(federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, accepted: dict[str, Update]) -> dict[str, str]:
@@ -291,6 +278,7 @@ def rebuild(rounds: Rounds, commit: Commit, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         folder = Path(name)
         incoming = fetch_global(rounds, before, folder / "incoming.safetensors")
+        given = carried.round_of(rounds, before, plan, agreement, open_tensor_file(incoming), folder)
         updates: dict[str, Update] = {}
         silo, failed = "", None  # what was found late, and of whose update
         try:
@@ -302,7 +290,7 @@ def rebuild(rounds: Rounds, commit: Commit, path: Path) -> None:
                     expected, part = expectation(rounds, plan, agreement, silo), maker.contributions[silo]
                     updates[silo] = fetch_whole(rounds, expected, part.object, folder, updates[silo], failed)
                 try:
-                    combine(carried.round_of(rounds, before, plan, agreement, open_tensor_file(incoming), folder), updates, folder)
+                    combine(given, updates, folder)
                     (folder / OUTGOING).replace(path)
                     break
                 except (UpdateRefused, ObjectMissing) as error:

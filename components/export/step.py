@@ -13,8 +13,10 @@ from typing import Any
 
 from silotune.components import audit, base_model, child, opening, tracking
 from silotune.components.aggregate.step import fetch_global
-from silotune.components.errors import RefusedError
+from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
+from silotune.components.learning.aggregation.factors import DELTA
+from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.progress import tell
 from silotune.components.protocol import Commit, Exported, Turn, perplexity, pooled
 from silotune.components.rounds import Rounds, file_digest
@@ -83,6 +85,10 @@ def save_model(federation: Federation, agreement: Agreement, base: base_model.Ba
     """Write a PEFT folder, or a full model, with its tokenizer."""
     from silotune.components.learning import model as models
 
+    if not federation.export.merge and any(name.endswith(DELTA) for name in open_tensor_file(state_file).entries):
+        raise FederationError(
+            "export.merge: must be true, since the global changes the base's own weights (fedex and flora do), and an adapter cannot; set it"
+        )
     model = trained_model(agreement, base, state_file)
     models.load_tokenizer(base.folder).save_pretrained(out)
     if agreement.model["method"] == "lora":
@@ -97,7 +103,6 @@ def save_model(federation: Federation, agreement: Agreement, base: base_model.Ba
 def trained_model(agreement: Agreement, base: base_model.Base, state_file: Path) -> Any:
     """The base with a global's trainable state in it."""
     from silotune.components.learning import model as models
-    from silotune.components.learning.tensor_file import open_tensor_file
 
     return models.load_with_state(base.folder, agreement.model, open_tensor_file(state_file).read_all()).eval()
 

@@ -17,18 +17,19 @@ from silotune.components.strategies import Strategy
 Schema = dict[str, list[int]]  # tensor name -> shape
 
 
-def trained_names(strategy: Strategy, round_number: int, names: Iterable[str]) -> list[str]:
+def trained_names(strategy: Strategy, turn: int, names: Iterable[str]) -> list[str]:
     """Tensors that silos train and send in a round, sorted.
 
     Args:
-        round_number: from 1. rolora trains B in odd rounds and A in even ones: B is zero at first, and as long as it is, A's gradient is zero, too.
+        turn: from 1, of the rounds that have made a global. rolora trains B in odd ones and A in even ones: B is zero at first, and as long as
+            it is, A's gradient is zero, too.
         names: of all tensors of the global.
     """
     endings: tuple[str, ...] = ("",)
     if strategy.sends == "b":
         endings = (B,)
     elif strategy.sends == "alternate":
-        endings = (B,) if round_number % 2 else (A,)
+        endings = (B,) if turn % 2 else (A,)
     elif strategy.sends == "core":
         endings = (CORE,)
     return sorted(name for name in names if name.endswith(endings) and not name.endswith(DELTA))
@@ -48,12 +49,13 @@ def held(state: Mapping[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
     return {name: array[tuple(slice(n) for n in held_shape(name, array.shape, rank))] for name, array in state.items()}
 
 
-def update_schema(shapes: Mapping[str, Sequence[int]], strategy: Strategy, round_number: int, rank: int) -> Schema:
+def update_schema(shapes: Mapping[str, Sequence[int]], strategy: Strategy, turn: int, rank: int) -> Schema:
     """The tensors of a silo's update.
 
     Args:
         shapes: of the global's tensors.
+        turn: as in `trained_names`.
         rank: that the silo trains; 0 for full fine-tuning.
     """
-    sent = {name: held_shape(name, shapes[name], rank) for name in trained_names(strategy, round_number, shapes)}
+    sent = {name: held_shape(name, shapes[name], rank) for name in trained_names(strategy, turn, shapes)}
     return sent | ({MEMORY + name: shape for name, shape in sent.items()} if strategy.local == "control" else {})

@@ -119,6 +119,7 @@ def load_with_state(folder: Path, model_terms: dict[str, Any], state: dict[str, 
     load_state(model, {name: array for name, array in state.items() if not name.endswith(adapters.DELTA)})
     for name, tensor in _parameters(model).items():
         tensor.requires_grad_(trained is None or name in trained)
+        tensor.grad = None  # a training that failed on the way may have left one
     return model
 
 

@@ -1,74 +1,66 @@
 """What a silo's own rounds have added up to, for strategies whose local term needs it: its dual (feddyn), its control variate (scaffold).
 
 Only what was committed counts, and only what the global at hand was made through: an update that came too late, or that a rollback has left
-behind, never happened. So the sum follows from the store alone. A copy in the silo's folder saves adding all of it again each round.
+behind, never happened. Under other terms of aggregation the sum begins anew, as the server's state does. So it follows from the store alone.
+A copy in the silo's folder saves adding all of it again each round.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from silotune.components import opening
 from silotune.components.errors import RefusedError
+from silotune.components.federation import canonical_json
 from silotune.components.learning.aggregation.summation import MEMORY
 from silotune.components.learning.tensor_file import MalformedFile, open_tensor_file, to_bytes, write_tensor_file
 from silotune.components.object_store import ObjectMissing
 from silotune.components.protocol import Commit
 from silotune.components.rounds import CorruptObject, Rounds
+from silotune.components.strategies import Aggregation
 
 FILE = "memory.safetensors"  # in the silo's folder
 THROUGH = "through"  # in its metadata: digest of the last commit that it holds
+TERMS = "terms"  # in its metadata: digest of the terms that it was added up under
 
 
-def lineage(rounds: Rounds, latest: Commit) -> Iterator[Commit]:
-    """The commits that the global of ``latest`` was made through, newest first."""
-    commit = latest
-    while commit.round:
-        if commit.back_to is not None:
-            commit = rounds.commit(commit.back_to)
-            continue
-        yield commit
-        commit = rounds.commit(commit.round - 1)
-
-
-def own_sum(rounds: Rounds, latest: Commit, silo: str, home: Path, *, memory: bool) -> dict[str, np.ndarray]:
-    """Σ over the silo's committed rounds under the strategy at hand, by tensor name, float32; empty where there are none.
+def own_sum(rounds: Rounds, latest: Commit, terms: Aggregation, silo: str, home: Path) -> dict[str, np.ndarray]:
+    """Σ over the silo's committed rounds under the terms at hand, by tensor name, float32; empty where there are none.
 
     Args:
         latest: the commit that made the incoming global.
-        memory: of the ``memory.…`` tensors instead of the differences themselves.
+        terms: of the open round. With scaffold the ``memory.…`` tensors of updates are added up, else the differences themselves.
 
     Raises:
         RefusedError: an update that belongs to it is gone or damaged, and the silo's folder holds no copy.
     """
-    total, through = _kept(home)
-    strategy = rounds.agreement(latest.agreement).aggregation.strategy
+    memory, digest = terms.traits.local == "control", hashlib.sha256(canonical_json(terms.model_dump())).hexdigest()
+    kept, through = _kept(home, digest)
+    total: dict[str, np.ndarray] = {}
     missed: list[Commit] = []
-    for commit in lineage(rounds, latest):
+    for commit in opening.under(rounds, latest, terms):
         if commit.digest == through:
-            break
-        if rounds.agreement(commit.agreement).aggregation.strategy != strategy:
-            total = {}
+            total = kept
             break
         if silo in commit.contributions:
             missed.append(commit)
-    else:
-        total = {}
     for commit in reversed(missed):
         for name, array in _update(rounds, commit, silo, home, memory).items():
             total[name] = total[name] + array if name in total else array
     encoded = ((name, to_bytes(array, "F32")) for name, array in sorted(total.items()))
-    write_tensor_file(home / FILE, {n: a.shape for n, a in total.items()}, "F32", encoded, {THROUGH: latest.digest})
+    write_tensor_file(home / FILE, {n: a.shape for n, a in total.items()}, "F32", encoded, {THROUGH: latest.digest, TERMS: digest})
     return total
 
 
-def _kept(home: Path) -> tuple[dict[str, np.ndarray], str]:
+def _kept(home: Path, terms: str) -> tuple[dict[str, np.ndarray], str]:
     with suppress(OSError, MalformedFile):
         file = open_tensor_file(home / FILE)
-        return file.read_all(), file.metadata.get(THROUGH, "")
+        if file.metadata.get(TERMS) == terms:
+            return file.read_all(), file.metadata.get(THROUGH, "")
     return {}, ""
 
 

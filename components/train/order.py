@@ -45,6 +45,7 @@ class Order(BaseModel):
     base_digest: str
     silo: str
     round: int
+    turn: int  # of what is trained in turns (see `exchange.trained_names`)
     federation: str  # as in the agreement; seeds
     model: dict[str, Any]  # the agreement's terms
     strategy: str
@@ -86,7 +87,7 @@ def learn(order: Order, pulse: Pulse | None, on_score: OnScore, ranks: Ranks = A
     strategy = STRATEGIES[order.strategy]
     with beating("loading"):
         incoming = open_tensor_file(order.home / INCOMING).read_all()
-        before, trained_here = held(incoming, order.rank), trained_names(strategy, order.round, incoming)
+        before, trained_here = held(incoming, order.rank), trained_names(strategy, order.turn, incoming)
         whole = order.rank in (0, adapters.rank_of(incoming))
         model = models.load_with_state(order.base, order.model, before if whole else incoming, trained_here if whole else None)
     if order.score:  # of the whole global, also where this silo's rank holds only a part of it

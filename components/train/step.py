@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from silotune.components import base_model, launcher
+from silotune.components import base_model, launcher, opening
 from silotune.components.ending import told
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
@@ -186,6 +186,7 @@ def _train(
     evaluation, seed = agreement.evaluation, agreement.training.seed
     order = Order(
         home=home, base=base.folder, base_digest=base.digest, silo=silo_id, round=plan.round, federation=agreement.federation,
+        turn=opening.turn_of(rounds, rounds.commit(plan.round - 1), agreement.aggregation.traits),
         model=agreement.model, strategy=agreement.aggregation.strategy, rank=agreement.rank_of(silo_id), mu=agreement.aggregation.mu, terms=terms, learning_rate=plan.learning_rate, max_length=agreement.data["max_length"], pad=pad,
         cursor=plan.participants[silo_id].cursor, split_digests=splits, every=federation.rounds.checkpoint_every,
         dropout_seed=seed_of(agreement.federation, terms.seed, plan.round, silo_id, "dropout"),
@@ -220,7 +221,7 @@ def _write_control(rounds: Rounds, plan: Plan, agreement: Agreement, silo_id: st
     if not strategy.memory:
         return
     latest = rounds.commit(plan.round - 1)
-    own = own_sum(rounds, latest, silo_id, home, memory=strategy.local == "control")
+    own = own_sum(rounds, latest, agreement.aggregation, silo_id, home)
     tensors = {OWN + name: array for name, array in own.items()}
     if strategy.local == "control" and (digest := plan.server_state.get(OPTIMIZER)):
         state = open_tensor_file(rounds.fetch_object(digest, home / ".state.safetensors"))

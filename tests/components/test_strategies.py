@@ -59,6 +59,12 @@ def test_every_rule_can_be_chosen_with_product(tmp_path, name):
         ({"aggregation": {"clip": {}}}, "aggregation.clip: must hold either"),
         ({"aggregation": {"strategy": "scaffold", "zeroing": True}}, "aggregation.zeroing: cannot hold with scaffold"),
         (
+            {"aggregation": {"fan_in": 2, "strategy": "product"}},
+            "aggregation.fan_in: is for means, which groups of silos can make apart, got 2 with product",
+        ),
+        ({"silos": 5, "aggregation": {"fan_in": 2, "robust": {"rule": "krum"}}}, "aggregation.fan_in: cannot hold with robust"),
+        ({"aggregation": {"fan_in": 2, "clip": {"norm": 1.0}, "zeroing": True}}, "aggregation.fan_in: cannot hold with clip and zeroing"),
+        (
             {"silos": 9, "aggregation": {"strategy": "scaffold", "robust": {"rule": "krum"}}},
             "aggregation.robust: cannot hold with scaffold",
         ),
@@ -102,3 +108,10 @@ def test_a_rank_is_part_of_the_agreement(tmp_path):
     unequal = Federation.load(written(tmp_path, ranks={2: 4}, **terms)).agreement("b", "t")
     assert equal.changes(unequal) == ["silos.silo-2.lora"]
     assert equal.forbids(unequal) == []
+
+
+@pytest.mark.parametrize(
+    "aggregation", [{"fan_in": 3, "strategy": "product"}, {"strategy": "product"}, {"fan_in": 2}, {"fan_in": 16, "zeroing": True}]
+)
+def test_fan_in_hurts_nobody_who_has_no_need_of_groups_or_can_have_them(tmp_path, aggregation):
+    Federation.load(written(tmp_path, silos=3, aggregation=aggregation))

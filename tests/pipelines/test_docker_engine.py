@@ -45,6 +45,14 @@ def test_each_box_has_the_image_and_the_party_it_belongs_to(make_federation: Any
     }
 
 
+def test_a_group_is_combined_by_the_coordinator_without_torch(make_federation: Any, tmp_path: Path) -> None:
+    federation = Federation.load(make_federation(aggregation={"fan_in": 2}))
+    found = containers(federation, tmp_path, images=Images("with-torch:1", "without:1"))
+    for box in ("combine 1", "combine 2", "aggregate"):
+        assert found[box]["image"] == "without:1"
+        assert {e["name"]: e["value"] for e in found[box]["env"]}[PARTY_VARIABLE] == "coordinator"
+
+
 @pytest.mark.parametrize("model_image", [None, "r/torch@sha256:" + "b" * 64])
 def test_on_a_cluster_initialize_and_export_run_the_model_image(make_federation: Any, tmp_path: Path, model_image: str | None) -> None:
     small = "r/small@sha256:" + "a" * 64

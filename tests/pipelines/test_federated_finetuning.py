@@ -31,7 +31,7 @@ BESIDES = {  # what a box does for Kubeflow once its step is done
         "return location",
     ],
 }
-BOXES = ("preprocess", "initialize", "train", "aggregate", "evaluate", "export")
+BOXES = ("preprocess", "initialize", "train", "combine", "aggregate", "evaluate", "export")
 
 
 def compiled(federation: Federation, rounds: int, folder: Path) -> dict[str, Any]:
@@ -58,6 +58,37 @@ def test_it_is_unrolled_over_silos_and_rounds(make_federation: Any, tmp_path: Pa
     assert sum(n.startswith("preprocess ") for n in names) == sum(n.startswith("evaluate ") for n in names) == 3
     inner = next(c for n, c in found["components"].items() if n.startswith("comp-federated-round"))["dag"]["tasks"]
     assert sorted(t["taskInfo"]["name"] for t in inner.values()) == ["aggregate", "train east", "train north", "train south"]
+
+
+FIVE = ("ada", "bo", "cy", "di", "ed")
+
+
+def a_round(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tasks of one round, by the names that Kubeflow shows."""
+    inner = next(c for n, c in found["components"].items() if n.startswith("comp-federated-round"))["dag"]["tasks"]
+    return {t["taskInfo"]["name"]: t | {"key": key} for key, t in inner.items()}
+
+
+def test_groups_of_silos_are_combined_between_train_and_aggregate(make_federation: Any, tmp_path: Path) -> None:
+    federation = Federation.load(make_federation(silos=FIVE, aggregation={"fan_in": 2}))
+    tasks = a_round(compiled(federation, 2, tmp_path))
+    assert sorted(tasks) == ["aggregate", "combine 1", "combine 2", "combine 3", *(f"train {s}" for s in FIVE)]
+    name_of = {t["key"]: name for name, t in tasks.items()}
+    waits = {name: sorted(name_of[key] for key in t.get("dependentTasks", [])) for name, t in tasks.items()}
+    assert waits == {
+        **{f"train {s}": [] for s in FIVE},
+        "combine 1": ["train ada", "train bo"], "combine 2": ["train cy", "train di"], "combine 3": ["train ed"],
+        "aggregate": sorted(tasks.keys() - {"aggregate"}),
+    }  # fmt: skip
+    groups = {name: t["inputs"]["parameters"]["group"]["runtimeValue"]["constant"] for name, t in tasks.items() if "combine" in name}
+    assert groups == {"combine 1": "1", "combine 2": "2", "combine 3": "3"}
+    assert all(not t["cachingOptions"].get("enableCache") for t in tasks.values())
+
+
+@pytest.mark.parametrize("aggregation", [{}, {"fan_in": 5}, {"strategy": "product"}, {"robust": {"rule": "krum"}}, {"clip": {"norm": 1.0}}])
+def test_without_need_there_are_no_groups(make_federation: Any, tmp_path: Path, aggregation: dict[str, Any]) -> None:
+    tasks = a_round(compiled(Federation.load(make_federation(silos=FIVE, aggregation=aggregation)), 1, tmp_path))
+    assert not any(name.startswith("combine") for name in tasks)
 
 
 def test_nothing_is_cached_and_no_secret_or_path_is_compiled_in(make_federation: Any, tmp_path: Path) -> None:

@@ -207,6 +207,26 @@ def test_each_box_of_the_coordinator_is_given_what_it_needs_and_no_more(tmp_path
     assert found["export"][1]["podMetadata"]["labels"] == {"access-ml-pipeline": "true"}
 
 
+def test_a_combine_task_has_what_it_needs_and_no_more_and_is_tried_again(tmp_path: Path) -> None:
+    terms = yaml.safe_load(FEDERATION.format(coordinator=COORDINATOR, image=IMAGE, tracking="https://mlflow.example", place="cpu: '2'"))
+    silo = terms["silos"][0]
+    terms |= {"silos": [silo | {"id": s} for s in ("east", "north", "south")], "aggregation": {"fan_in": 2}}
+    (folder := tmp_path / "three").mkdir()
+    (folder / "ward.yaml").write_text(yaml.safe_dump(terms))
+    submission.versioned(Federation.load(folder / "ward.yaml"), 1, folder / "package.yaml")
+    spec, platform = yaml.safe_load_all((folder / "package.yaml").read_text())
+    executors = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    container = spec["deploymentSpec"]["executors"]["exec-combine"]["container"]
+    assert container["image"] == COORDINATOR
+    assert container["resources"]["resourceCpuLimit"] == "2"
+    assert environment(container)["SILOTUNE_KEYS"] == "/keys"
+    assert given(executors["exec-combine"]) == TERMS | S3 | KEYS, "no MLflow"
+    assert "pvcMount" not in executors["exec-combine"], "no base model"
+    inner = next(c for n, c in spec["components"].items() if n.startswith("comp-federated-round"))["dag"]["tasks"]
+    retries = {t["taskInfo"]["name"]: t.get("retryPolicy", {}).get("maxRetryCount") for t in inner.values()}
+    assert (retries["combine 1"], retries["combine 2"], retries["aggregate"]) == (3, 3, None)
+
+
 def test_the_coordinators_boxes_have_a_place_to_write_their_images_and_bounds(tmp_path: Path) -> None:
     found = boxes(tmp_path, more="cpu: 2500m, memory: 24Gi, node_selector: {pool: cpu}, tolerations: [{key: batch}], ")
     assert {box: container["image"] for box, (container, _) in found.items()} == {

@@ -47,6 +47,19 @@ def test_headline_follows_the_turn():
     assert course.headline == "converged at round 5"
 
 
+def test_groups_are_counted_and_leave_the_turn_alone():
+    plain, course = Course(SILOS, 2), Course(SILOS, 2, groups=3)
+    assert course.boxes == plain.boxes + 6
+    tape = Tape(course)
+    tape.begin()
+    before = course.boxes
+    for output in ("group 1 ok: 2 of 2 updates", "group 2 failed: out of memory"):
+        tape.box("combine", output=output)
+    assert (course.headline, course.boxes) == ("round 3 of 4", before)
+    tape.box("aggregate", output="done:converged at round 3")
+    assert course.boxes == course.begun + len(SILOS) + 1, "no round is left, so no group"
+
+
 def test_nothing_is_foretold_before_a_training_gives_the_speed():
     course = Course(SILOS, 2)
     tape = Tape(course)

@@ -13,7 +13,7 @@ same bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from silotune.components.learning.aggregation import bounds, coordinates, robust, server_optimizer
-from silotune.components.learning.aggregation.factors import A, B, LoraPair
+from silotune.components.learning.aggregation.factors import LoraPair
 from silotune.components.learning.aggregation.foolsgold import Likeness, foolsgold
 from silotune.components.learning.aggregation.gram import Gram, updates_gram
 from silotune.components.learning.aggregation.lora_mean import fedex_mean, flora_mean, pairs_mean, product_mean
@@ -31,6 +31,7 @@ from silotune.components.learning.aggregation.robust_product import rule_on_prod
 from silotune.components.learning.aggregation.server_optimizer import ServerOptimizer
 from silotune.components.learning.aggregation.spectrum import Spectrum
 from silotune.components.learning.aggregation.summation import Term
+from silotune.components.learning.aggregation.tree import Stored, grouped_mean
 from silotune.components.learning.tensor_file import TensorFile, open_tensor_file, tensor_writer, to_bytes
 from silotune.components.learning.update import Update
 from silotune.components.strategies import Aggregation
@@ -55,8 +56,10 @@ class Round:
     incoming: TensorFile
     silos: int  # in the federation, whether they delivered or not
     scale: float = 1.0  # LoRA's alpha / r
+    ranks: tuple[int, ...] = ()  # of all silos, where the global's is not the only one
     carried: Carried = field(default_factory=Carried)
     initial: Mapping[str, np.ndarray] = field(default_factory=dict)  # flora: A by tensor name, as adapters begin anew
+    groups: Sequence[Sequence[str]] = ()  # `Aggregation.groups` of all silos that were asked
 
 
 @dataclass(frozen=True)
@@ -86,21 +89,27 @@ class _Judgement:
     factors: dict[str, float] = field(default_factory=dict)  # of the silos that the rule is given
 
 
-def combine(given: Round, updates: Mapping[str, Update], folder: Path) -> Combined:
+def combine(given: Round, updates: Mapping[str, Update], folder: Path, stored: Sequence[Stored] = ()) -> Combined:
     """Write the next global to ``folder``/`OUTGOING`, and beside it what is carried on.
+
+    Args:
+        stored: sums of some of the groups, of the `summands` weights.
 
     Raises:
         UpdateRefused: a tensor of an update is corrupt or not finite, or its norm is not what its header says; nothing of use was written.
+        SumDamaged: a stored sum does not have its digest; nothing of use was written.
         QuorumError: too few updates for the robust rule.
         SilotuneError: the result is not finite in float32.
     """
     terms, out = given.terms, folder / OUTGOING
-    counts = weigh(updates, "uniform" if terms.traits.server == "dynamic" else terms.weights)
+    counts = _counts(terms, updates)
     if terms.robust is None and terms.clip is None and not terms.zeroing:
-        return _plain(given, updates, counts, out)
+        return _plain(given, updates, counts, out, stored)
     judgement = _judged(given, updates, counts)
     if terms.traits.combine == "product":
-        found = pairs_mean(given.incoming, updates, out, given.scale, lambda _, before, pairs, rest: _product(judgement, before, pairs))
+        found = pairs_mean(
+            given.incoming, updates, out, given.scale, lambda _, before, pairs, rest: _product(judgement, before, pairs), ranks=given.ranks
+        )
         norms, change, residuals, spectra = found.norms, found.change, found.residuals, found.spectra
         files: dict[str, Path] = {}
     else:
@@ -114,21 +123,39 @@ def combine(given: Round, updates: Mapping[str, Update], folder: Path) -> Combin
     )  # fmt: skip
 
 
-def _plain(given: Round, updates: Mapping[str, Update], counts: dict[str, float], out: Path) -> Combined:
+def _counts(terms: Aggregation, updates: Mapping[str, Update]) -> dict[str, float]:
+    return weigh(updates, "uniform" if terms.traits.server == "dynamic" else terms.weights)
+
+
+def summands(terms: Aggregation, updates: Mapping[str, Update]) -> tuple[dict[str, float], float | None]:
+    """Of a mean: what each update is multiplied by before it is added, which no other update changes, and what the sum is divided by, where that
+    is not the weights' own sum."""
+    counts = _counts(terms, updates)
+    if terms.traits.by_steps:
+        return server_optimizer.fednova_weights(counts, {s: float(u.header.steps) for s, u in updates.items()})
+    return counts, None
+
+
+def _plain(
+    given: Round, updates: Mapping[str, Update], counts: dict[str, float], out: Path, stored: Sequence[Stored]
+) -> Combined:  # fmt: skip
     """No stage before the mean."""
     terms, incoming = given.terms, given.incoming
     total = math.fsum(counts.values())
     shares = {silo: count / total for silo, count in counts.items()}
     if terms.traits.combine == "mean":
-        weights, divisor = counts, None
-        if terms.traits.by_steps:
-            weights, divisor = server_optimizer.fednova_weights(counts, {s: float(u.header.steps) for s, u in updates.items()})
+        weights, divisor = summands(terms, updates)
         optimizer, state, files = _server(given, len(updates), out)
-        mean = weighted_mean(incoming, updates, weights, out, total=divisor, optimizer=optimizer, state=state, fan_in=terms.fan_in)
+        if given.groups:
+            mean = grouped_mean(
+                incoming, given.groups, updates, weights, stored, out, total=divisor, optimizer=optimizer, state=state, fan_in=terms.fan_in
+            )
+        else:
+            mean = weighted_mean(incoming, updates, weights, out, total=divisor, optimizer=optimizer, state=state, fan_in=terms.fan_in)
         return Combined(shares, mean.norms, mean.change, files=files)
     if terms.traits.combine == "product":
         rest = ServerState(given.carried.files.get(REST), out.with_name("rest.safetensors")) if terms.carry else None
-        found = product_mean(incoming, updates, counts, out, scale=given.scale, carry=rest)
+        found = product_mean(incoming, updates, counts, out, scale=given.scale, carry=rest, ranks=given.ranks)
         return Combined(
             shares, found.norms, found.change, residuals=found.residuals, spectra=found.spectra, files={REST: rest.after} if rest else {}
         )
@@ -209,9 +236,10 @@ def _judged(given: Round, updates: Mapping[str, Update], counts: Mapping[str, fl
 
 
 def _gram(given: Round, updates: Mapping[str, Update]) -> Gram:
+    """Of what is combined: of products, or of the tensors themselves. Of two factors whose product is harmless each may do harm to a mean of factors."""
     names = sorted(next(iter(updates.values())).file.entries)
-    pairs = all(any(n.endswith(ending) for n in names) for ending in (A, B))
-    return updates_gram(updates, names, lambda silo, name: updates[silo].tensor(name), given.incoming.read if pairs else None)
+    products = given.terms.traits.combine == "product"
+    return updates_gram(updates, names, lambda silo, name: updates[silo].tensor(name), given.incoming.read if products else None)
 
 
 def _running(given: Round, name: str, norms: Mapping[str, float], quantile: float, rate: float) -> bounds.RunningQuantile:

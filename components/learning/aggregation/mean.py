@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from silotune.components.errors import SilotuneError
+from silotune.components.learning.aggregation.factors import DELTA
 from silotune.components.learning.aggregation.server_optimizer import CONTROL, ServerOptimizer, fedavg, state_shapes
-from silotune.components.learning.aggregation.summation import FAN_IN, MEMORY, Piece, Term, squares, sums, term_of, verify_norms
+from silotune.components.learning.aggregation.summation import FAN_IN, MEMORY, Check, Piece, Term, squares, sums, term_of, verify_norms
 from silotune.components.learning.tensor_file import TensorFile, TensorWriter, tensor_writer, to_bytes
 from silotune.components.learning.update import Update
 
@@ -76,7 +77,8 @@ def weighted_mean(
     found: dict[str, float] = {}
 
     def check() -> None:
-        found.update(verify_norms([(updates[silo], term.check) for silo, term in zip(silos, terms, strict=True) if term.check]))
+        checks = [(updates[silo], term.check) for silo, term in zip(silos, terms, strict=True) if isinstance(term.check, Check)]
+        found.update(verify_norms(checks))
 
     divisor = divisor_of(weights) if total is None else total
     change = finish(incoming, terms, divisor, len(silos), out, optimizer, state, fan_in, check)
@@ -90,7 +92,7 @@ def divisor_of(weights: Mapping[str, float]) -> float:
 
 def finish(
     incoming: TensorFile, terms: Sequence[Term], total: float, silos: int, out: Path, optimizer: ServerOptimizer, state: ServerState | None,
-    fan_in: int, check: Callable[[], None],
+    fan_in: int, check: Callable[[], None], groups: Sequence[int] = (),
 ) -> float:  # fmt: skip
     """Write the next global and the optimiser's state; returns the norm of what the global moved by.
 
@@ -99,6 +101,7 @@ def finish(
         total: what the sum of the terms is divided by.
         silos: how many updates there are: what their memories' sum is divided by.
         check: raises what would keep the files from being written, when all has been read.
+        groups: as `summation.sums` has them.
     """
     if optimizer.initial and state is None:
         raise ValueError(f"state: must be given, the optimiser carries {', '.join(optimizer.initial)}")
@@ -110,8 +113,8 @@ def finish(
     square = 0.0
     with ExitStack() as files:
         target = files.enter_context(tensor_writer(out, shapes, "F32", METADATA))
-        carried = _Carried(files, optimizer, state, shapes)
-        for piece, block in sums(terms, fan_in):
+        carried = _Carried(files, optimizer, state, {name: shape for name, shape in shapes.items() if not name.endswith(DELTA)})
+        for piece, block in sums(terms, fan_in, groups):
             if not piece.name.startswith(MEMORY):
                 before = incoming.part(piece.name, piece.start, piece.stop)
                 square += _move(piece, before, block, total, optimizer, carried)

@@ -1,10 +1,11 @@
 """Weighted sums of tensor files: in one order, in few passes, in memory that does not grow with the number of files.
 
-**The order of summation.** Silos are taken in the sorted order of their ids and cut into consecutive groups of ``fan_in``. Within a group,
-terms wᵢxᵢ are added one after the other in float32: the weight is rounded to float32, the product is rounded, the sum is rounded. The groups'
-sums are cut into consecutive groups and added the same way, level by level, until one is left. Weights are counts and come in as they are; what
-they must be divided by is divided out once, in float64, of the last sum (`mean`). So the same updates give the same bytes, whatever order they
-came in, and whether one process adds them all or one for each group of a tree (`tree`).
+**The order of summation.** Silos are taken in the sorted order of their ids and cut into consecutive groups of ``fan_in``. Where a plan asks
+more than that, all whom it asks are cut so, whether they deliver or not: who is missing leaves a gap and moves nobody to another group. Within a
+group, terms wᵢxᵢ are added one after the other in float32: the weight is rounded to float32, the product is rounded, the sum is rounded. The
+groups' sums are cut into consecutive groups and added the same way, level by level, until one is left. Weights are counts and come in as they
+are; what they must be divided by is divided out once, in float64, of the last sum (`mean`). So the same updates give the same bytes, whatever
+order they came in, and whether one process adds them all or one for each group of a tree (`tree`).
 
 The error of a number is at most (2 + (fan_in - 1)·levels)·2⁻²⁴·Σ|wᵢxᵢ|, to first order: a product's two roundings, and a sum's for each
 addition that a term goes through.
@@ -23,10 +24,12 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
+from silotune.components.errors import SilotuneError
 from silotune.components.learning.tensor_file import WIDTH, MalformedFile, TensorFile
 from silotune.components.learning.update import Header, Update, UpdateRefused, norm_matches, sum_of_squares
 
@@ -73,20 +76,54 @@ class Check:
         self.hash = hashlib.sha256()
 
 
+class SumDamaged(SilotuneError):
+    """A stored sum that is not what it was when it was stored. Its updates are there to be added again."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(
+            f"the stored sum {digest[:12]}… does not have its digest; it was damaged in the store, and its updates are added again",
+            "object corrupt",
+        )
+        self.digest = digest
+
+
+class WholeCheck:
+    """Of a stored sum: whether all that is read of it, its header and then its tensors in order, has the digest that it is stored under."""
+
+    def __init__(self, file: TensorFile, digest: str) -> None:
+        self.digest = digest
+        start = min((entry.start for entry in file.entries.values()), default=file.blob.size)
+        self._hash = hashlib.sha256(file.blob.read(0, start))
+
+    def read(self, data: memoryview) -> None:
+        self._hash.update(data)
+
+    def numbers(self, name: str, x: np.ndarray) -> None:
+        """Nothing: what is not finite is found in the sum."""
+
+    def end_tensor(self, name: str) -> None:
+        """Nothing: the digest is of the whole file."""
+
+    def end(self) -> None:
+        """After all was read. Raises SumDamaged where it was something else than was stored."""
+        if self._hash.hexdigest() != self.digest:
+            raise SumDamaged(self.digest)
+
+
 @dataclass
 class Term:
-    """One summand: a file, the weight of its tensors, and what there is to check of it; None for a file of the coordinator's own."""
+    """One summand: a file, the weight of its tensors, and what there is to check of it; None for a file of this process's own."""
 
     file: TensorFile
     weight: float
-    check: Check | None = None
+    check: Check | WholeCheck | None = None
     memory_weight: float = 1.0  # of tensors named `MEMORY` and something
 
     def weight_of(self, name: str) -> np.float32:
         return np.float32(self.memory_weight if name.startswith(MEMORY) else self.weight)
 
     def read(self, window: Sequence[Piece]) -> bytes | memoryview:
-        """The bytes of a window. Raises UpdateRefused where the file ends inside it."""
+        """The bytes of a window. Raises UpdateRefused, or SumDamaged, where the file ends inside it."""
         first, last = self.file.entries[window[0].name], self.file.entries[window[-1].name]
         start = first.start + window[0].start * WIDTH[first.dtype]
         try:
@@ -94,6 +131,8 @@ class Term:
         except MalformedFile as error:
             if self.check is None:
                 raise
+            if isinstance(self.check, WholeCheck):
+                raise SumDamaged(self.check.digest) from None
             raise UpdateRefused(self.check.header.silo, str(error), "send the update again") from None
 
 
@@ -117,32 +156,38 @@ def verify_norms(updates: Sequence[tuple[Update, Check]]) -> dict[str, float]:
     return norms
 
 
-def sums(terms: Sequence[Term], fan_in: int = FAN_IN) -> Iterator[tuple[Piece, np.ndarray]]:
+def sums(terms: Sequence[Term], fan_in: int = FAN_IN, groups: Sequence[int] = ()) -> Iterator[tuple[Piece, np.ndarray]]:
     """Σ wᵢxᵢ in the order that is described above, piece by piece in the file's order.
 
     Args:
         terms: of files with the same tensors, in order; at least one.
+        groups: how many terms each of the first level's groups has, in order; default: ``fan_in`` each.
 
     Yields:
         (piece, its sum in float32, of which the caller may do what it likes, until the next one).
 
     Raises:
         UpdateRefused: a tensor of an update is cut short, does not have its digest, or is not finite.
+        SumDamaged: a stored sum is cut short.
     """
+    if groups and (sum(groups) != len(terms) or not all(1 <= count <= fan_in for count in groups)):
+        raise ValueError(f"groups: must have from 1 to {fan_in} of the {len(terms)} terms each, got {list(groups)}")
     if fan_in < 2:
         raise ValueError(f"fan_in: must be 2 or more, got {fan_in}")
     shapes = {n: e.shape for n, e in terms[0].file.entries.items()}
     if any({n: e.shape for n, e in term.file.entries.items()} != shapes for term in terms):
         raise ValueError("terms: must be of the same tensors")
-    levels = Levels(fan_in)
+    levels, ends = Levels(fan_in), set(accumulate(groups))
     scratch = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint32)
     reading = _read_ahead(terms, max(term.file.blob.ahead for term in terms))
     try:
         for window in windows(terms[0].file):
-            for term in terms:
+            for number, term in enumerate(terms, 1):
                 into, fresh = levels.slot()
                 _add(term, next(reading), window, into, fresh, scratch)
                 levels.added()
+                if number in ends:
+                    levels.end_group()
             total, at = levels.total(), 0
             for piece in window:
                 yield piece, total[at : (at := at + piece.stop - piece.start)]
@@ -207,10 +252,13 @@ class Levels:
     def added(self) -> None:
         """A term has been added: full groups go up."""
         self._counts[0] += 1
-        level = 0
-        while self._counts[level] == self._fan_in:
-            self._up(level)
-            level += 1
+        self._settle(0)
+
+    def end_group(self) -> None:
+        """No more terms come to the group at hand, full or not."""
+        if self._counts[0]:
+            self._up(0)
+            self._settle(1)
 
     def total(self) -> np.ndarray:
         """The sum of all; the levels begin anew."""
@@ -220,6 +268,11 @@ class Levels:
             level += 1
         self._counts[level] = 0
         return self._sums[level]
+
+    def _settle(self, level: int) -> None:
+        while self._counts[level] == self._fan_in:
+            self._up(level)
+            level += 1
 
     def _reach(self, level: int) -> None:
         if level == len(self._sums):

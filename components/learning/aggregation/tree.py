@@ -6,7 +6,8 @@
 
 Groups are those that `summation` cuts the silos into, so a tree gives the same bytes as one aggregator that adds all updates: how the work is
 spread is nobody's concern but the machines'. A partial sum is a tensor file with Σ wᵢΔᵢ in float32, and its `Partial`; both are as trustworthy
-as whoever made them, and travel under the digest of their bytes.
+as whoever made them, and travel under the digest of their bytes. `grouped_mean` is the root that makes do with what leaves there are: it reads
+a group's stored sum where it has one, and the group's updates where it has none.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.learning.aggregation.mean import FEDAVG, METADATA, Mean, ServerState, divisor_of, finish
 from silotune.components.learning.aggregation.server_optimizer import ServerOptimizer
-from silotune.components.learning.aggregation.summation import FAN_IN, Term, sums, term_of, verify_norms
+from silotune.components.learning.aggregation.summation import FAN_IN, Check, Term, WholeCheck, sums, term_of, verify_norms, windows
 from silotune.components.learning.tensor_file import TensorFile, tensor_writer
 from silotune.components.learning.update import Update
 
@@ -31,6 +33,15 @@ class Partial:
     norms: dict[str, float]  # L2 norm over all tensors
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A partial sum in a store."""
+
+    partial: Partial
+    file: TensorFile
+    digest: str  # SHA-256 of the file, which nobody has compared yet
+
+
 def partial_sum(updates: Mapping[str, Update], weights: Mapping[str, float], out: Path, *, fan_in: int = FAN_IN) -> Partial:
     """Verify the updates of one group and write their weighted sum.
 
@@ -41,7 +52,7 @@ def partial_sum(updates: Mapping[str, Update], weights: Mapping[str, float], out
     silos = sorted(updates)
     terms = [term_of(updates[silo], weights[silo]) for silo in silos]
     norms: dict[str, float] = {}
-    checks = [(updates[silo], term.check) for silo, term in zip(silos, terms, strict=True) if term.check]
+    checks = [(updates[silo], term.check) for silo, term in zip(silos, terms, strict=True) if isinstance(term.check, Check)]
     _write_sum(terms, out, fan_in, lambda: norms.update(verify_norms(checks)))
     return Partial({silo: weights[silo] for silo in silos}, norms)
 
@@ -72,6 +83,68 @@ def mean_of_partials(
     terms = [Term(file, 1.0) for _, file in ordered]
     divisor = divisor_of(every.weights) if total is None else total
     return Mean(every.norms, finish(incoming, terms, divisor, len(every.weights), out, optimizer, state, fan_in, lambda: None))
+
+
+def grouped_mean(
+    incoming: TensorFile, groups: Sequence[Sequence[str]], updates: Mapping[str, Update], weights: Mapping[str, float],
+    stored: Sequence[Stored], out: Path, *, total: float | None = None, optimizer: ServerOptimizer = FEDAVG, state: ServerState | None = None,
+    fan_in: int = FAN_IN,
+) -> Mean:  # fmt: skip
+    """As `mean.weighted_mean`, in given groups: the same bytes, whichever of the groups' sums are stored.
+
+    Args:
+        groups: consecutive silos in sorted order, up to ``fan_in`` in each; those without an update are passed over.
+        stored: sums of all updates of a group, each with its weight.
+
+    Raises:
+        UpdateRefused: as `mean.weighted_mean`.
+        SumDamaged: a stored sum does not have its digest; nothing was written.
+        SilotuneError: the mean overflows float32; nothing was written.
+    """
+    by_silos = {tuple(sorted(s.partial.weights)): s for s in stored}
+    terms: list[Term] = []
+    sizes, used = [], []
+    for group in groups:
+        if not (silos := tuple(silo for silo in group if silo in updates)):
+            continue
+        if found := by_silos.get(silos):
+            if found.partial.weights != {silo: weights[silo] for silo in silos}:
+                raise ValueError(f"stored: the sum of {', '.join(silos)} must be of the weights at hand")
+            terms.append(Term(found.file, 1.0, WholeCheck(found.file, found.digest)))
+            sizes.append(1)
+            used.append(found)
+        else:
+            terms += [term_of(updates[silo], weights[silo]) for silo in silos]
+            sizes.append(len(silos))
+    if len(used) < len(stored) or not updates.keys() <= {silo for group in groups for silo in group}:
+        raise ValueError("groups: must hold all silos, and each stored sum must be of one of them")
+    norms = {silo: norm for s in used for silo, norm in s.partial.norms.items()}
+
+    def check() -> None:
+        for term in terms:
+            if isinstance(term.check, WholeCheck):
+                term.check.end()
+        read = [(updates[term.check.header.silo], term.check) for term in terms if isinstance(term.check, Check)]
+        norms.update(verify_norms(read))
+
+    divisor = divisor_of(weights) if total is None else total
+    try:
+        change = finish(incoming, terms, divisor, len(updates), out, optimizer, state, fan_in, check, sizes)
+    except RefusedError:
+        raise
+    except SilotuneError:  # a result that is not finite: of what the silos sent, unless a stored sum is not what it was
+        for found in used:
+            _require_whole(found)
+        raise
+    return Mean({silo: norms[silo] for silo in sorted(norms)}, change)
+
+
+def _require_whole(stored: Stored) -> None:
+    """Raises SumDamaged where the file does not have its digest."""
+    check = WholeCheck(stored.file, stored.digest)
+    for window in windows(stored.file):
+        check.read(memoryview(Term(stored.file, 1.0, check).read(window)))
+    check.end()
 
 
 def _write_sum(terms: Sequence[Term], out: Path, fan_in: int, check: Callable[[], None]) -> None:

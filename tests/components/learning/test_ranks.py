@@ -18,6 +18,7 @@ from silotune.components.learning import model as models
 from silotune.components.learning.batches import batches, pack, stream, target_count
 from silotune.components.learning.checkpoint import Checkpoint
 from silotune.components.learning.evaluation import evaluate
+from silotune.components.learning.local_term import LocalTerm
 from silotune.components.learning.ranks import ALONE, RankLost, Ranks, RanksDiffer, joined
 from silotune.components.learning.tokens import Shard
 from silotune.components.learning.training import NonFiniteLoss, OutOfMemory, Stretch, train
@@ -98,6 +99,26 @@ def weights(result: Any) -> np.ndarray:
 
 
 # The same training, whoever does it
+
+
+def test_a_local_term_is_added_to_the_sum_of_all_ranks_gradients(tiny_llama: Path, some_shard: Shard) -> None:
+    """Once, not once for each; and the mean of raw gradients is that of the whole batch, in every rank."""
+    state = models.initial_state(tiny_llama, {"method": "lora", "dtype": "float32", "lora": LORA}, 0)
+    rng = np.random.default_rng(2)
+    term = LocalTerm(0.3, {n: rng.standard_normal(a.shape).astype(np.float32) for n, a in state.items()}, observe=True)
+
+    def work(ranks: Ranks) -> Any:
+        model = models.load_trainable(tiny_llama, {"method": "lora", "dtype": "float32", "lora": LORA}, 0)
+        terms = Training(precision="float32", steps=3, batch_size=5, learning_rate=1e-2)
+        found = train(model, some_shard, Stretch(SEED, 4), terms, 1e-2, 64, 2, ranks=ranks, local_term=term)
+        return [{n: a.astype(float).tolist() for n, a in sorted(x.items())} for x in (found.gradient, models.trainable_state(model))]
+
+    alone, (first, second) = work(ALONE), together(2, work)
+    assert first == second
+    for one, other, least in zip(alone, first, (0.01, 0.001), strict=True):
+        flat = [np.concatenate([np.ravel(a) for a in x.values()]) for x in (one, other)]
+        np.testing.assert_allclose(flat[1], flat[0], atol=1e-4)
+        assert np.abs(flat[0]).max() > least
 
 
 @pytest.mark.parametrize(

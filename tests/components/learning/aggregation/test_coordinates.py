@@ -116,7 +116,9 @@ def test_identical_in_same_out(rule: Rule) -> None:
     np.testing.assert_allclose(combine([x] * 7, rule), x, rtol=3e-7)
 
 
-@pytest.mark.parametrize("rule", [median(), trimmed_mean(0), mean_around_median(1), median([4.0])], ids=["median", "trimmed", "around", "weighted"])
+@pytest.mark.parametrize(
+    "rule", [median(), trimmed_mean(0), mean_around_median(1), median([4.0])], ids=["median", "trimmed", "around", "weighted"]
+)
 def test_one_silo_is_the_identity(rule: Rule) -> None:
     x = rows(1)[0].reshape(5, 10)
     assert (combine([x], rule) == x).all()
