@@ -51,6 +51,12 @@ image-silo image-coordinator: image-%:
 test-images: setup  ## build both images for real and run a federation in them (needs a Docker engine)
 	$(BIN)/python -m pytest -m images tests/docker
 
+test-cluster: setup  ## a federation on the cluster that KUBECONFIG and KFP_ENDPOINT name (an hour or two; docs/kubernetes.md)
+	$(BIN)/python -m pytest -m cluster tests/cluster -v
+
+test-cluster-clean: setup  ## take away what a trial that was killed has left there (TRIAL=…)
+	cd tests/cluster && ../../$(BIN)/python -m trial.kube $(TRIAL)
+
 lock: setup  ## choose the images' packages anew, from docker/*.in and constraints.txt
 	$(LOCK) docker/build.in -o docker/build.lock
 	$(LOCK) --excludes docker/without.txt docker/coordinator.in -o docker/coordinator.lock
@@ -82,5 +88,5 @@ golden: setup  ## rewrite the compiled pipelines that tests compare with
 clean:  ## remove what the targets made, but no results
 	rm -rf $(VENV) .types .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
-.PHONY: help setup run test test-slow chaos images image-silo image-coordinator test-images lock lint bench docs golden clean
+.PHONY: help setup run test test-slow chaos images image-silo image-coordinator test-images test-cluster test-cluster-clean lock lint bench docs golden clean
 .DEFAULT_GOAL := help

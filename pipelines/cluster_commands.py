@@ -137,13 +137,16 @@ def onboard(
     own_cluster: Annotated[bool, typer.Option("--own-cluster", help="The silo has a cluster of its own.")] = False,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs that its Jobs may use together.")] = 0,
     priority_class: Annotated[list[str] | None, typer.Option(help="Priority class that its Jobs may name; may be given again.")] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="NAMESPACE/ACCOUNT of the coordinator's tasks in this cluster; default: silotune/silotune-launcher.")
+    ] = None,
 ) -> None:
     """Write what a silo applies to its cluster, with a README of what it grants."""
     from silotune.pipelines import onboarding
 
     written = onboarding.write_silo(
         _load(file), silo, output, images=image, store_cidrs=store_cidr or (), endpoint=endpoint_url, own_cluster=own_cluster, gpus=gpus,
-        priority_classes=priority_class or (),
+        priority_classes=priority_class or (), launcher=launcher or onboarding.ACCOUNT,
     )  # fmt: skip
     typer.echo(f"{len(written)} files in {output}; read {output / 'README.md'}, then: kubectl apply -k {output}")
 

@@ -14,54 +14,31 @@ import base64
 import json
 import os
 import ssl
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
-from silotune.components import job_manifest, keys
+from silotune.components import keys
 from silotune.components.errors import FederationError, SilotuneError, UnreachableError
-from silotune.components.federation import Federation, Silo, Toleration
+from silotune.components.federation import Federation
 from silotune.components.federation_file import COORDINATOR, is_remote
 from silotune.pipelines import cluster_fit, kfp_api
+from silotune.pipelines.findings import Finding, fail, ok, warn
+from silotune.pipelines.kubernetes_view import TIMEOUT
+from silotune.pipelines.silo_namespace import claims_of, secrets_of, silos, spot
+from silotune.pipelines.tasks_namespace import tasks
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-Level = Literal["ok", "warn", "fail"]
 SKEW = (30.0, 300.0)  # seconds between two clocks that are odd, and that are wrong; S3 refuses 900
 BUNDLES = ("SSL_CA_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE")
-METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"  # of a Secret, all but its data
-TIMEOUT = (5, 20)  # seconds to connect, and for an answer
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check saw."""
-
-    name: str
-    level: Level
-    what: str
-    cure: str = ""
-    code: int = 0  # exit code, where it fails
-
-
-def ok(name: str, what: str) -> Finding:
-    return Finding(name, "ok", what)
-
-
-def warn(name: str, what: str, cure: str = "") -> Finding:
-    return Finding(name, "warn", what, cure)
-
-
-def fail(name: str, what: str, cure: str, code: int = FederationError.exit_code) -> Finding:
-    return Finding(name, "fail", what, cure, code)
 
 
 def examine(federation: Federation, *, endpoint: str | None = None, namespace: str | None = None, kubernetes: Any = None) -> list[Finding]:
@@ -84,6 +61,7 @@ def examine(federation: Federation, *, endpoint: str | None = None, namespace: s
         ("mlflow", lambda: tracking(federation)),
         ("kubeflow", lambda: kubeflow(endpoint, namespace)),
         ("kubernetes", lambda: silos(federation, kubernetes, namespace)),
+        ("coordinator", lambda: tasks(federation, kubernetes, namespace)),
     ]
     for name, check in checks:
         try:
@@ -155,24 +133,10 @@ def access(federation: Federation) -> list[Access]:
                 lines.append(Access(silo.id, place, "read"))
         if is_remote(silo.storage):
             lines.append(Access(silo.id, silo.storage, "read, write"))
-        for c in _claims(federation, silo):
-            lines.append(Access(silo.id, f"volume {_spot(silo, c.claim)} at {c.mount}", "read" if c.read_only else "read, write"))
-        lines += [Access(silo.id, f"secret {_spot(silo, s.name)}", "use") for s in _secrets(federation, silo)]
+        for c in claims_of(federation, silo):
+            lines.append(Access(silo.id, f"volume {spot(silo, c.claim)} at {c.mount}", "read" if c.read_only else "read, write"))
+        lines += [Access(silo.id, f"secret {spot(silo, s.name)}", "use") for s in secrets_of(federation, silo)]
     return lines
-
-
-def _claims(federation: Federation, silo: Silo) -> list[Any]:
-    return list(silo.placement.claims or (job_manifest.CLAIMS if federation.launcher == "job" else []))
-
-
-def _secrets(federation: Federation, silo: Silo) -> list[Any]:
-    return list(silo.placement.secrets or (job_manifest.SECRETS if federation.launcher == "job" else []))
-
-
-def _spot(silo: Silo, name: str) -> str:
-    """A name in its namespace, and in its cluster where that is another one."""
-    place = silo.placement
-    return "/".join(filter(None, (place.kubeconfig_secret, place.namespace or "the pipeline's", name)))
 
 
 def affinity(federation: Federation) -> Iterator[Finding]:
@@ -180,9 +144,11 @@ def affinity(federation: Federation) -> Iterator[Finding]:
     broken = 0
     for one, other in combinations(federation.silos, 2):
         shared: dict[str, set[str]] = {
-            "namespace": {_spot(s, "") for s in (one,) if federation.launcher == "job"} & {_spot(other, "")},
-            "volume": {_spot(one, c.claim) for c in _claims(federation, one)} & {_spot(other, c.claim) for c in _claims(federation, other)},
-            "secret": {_spot(one, s.name) for s in _secrets(federation, one)} & {_spot(other, s.name) for s in _secrets(federation, other)},
+            "namespace": {spot(s, "") for s in (one,) if federation.launcher == "job"} & {spot(other, "")},
+            "volume": {spot(one, c.claim) for c in claims_of(federation, one)}
+            & {spot(other, c.claim) for c in claims_of(federation, other)},
+            "secret": {spot(one, s.name) for s in secrets_of(federation, one)}
+            & {spot(other, s.name) for s in secrets_of(federation, other)},
         }
         for kind, places in shared.items():
             for place in sorted(places):
@@ -349,7 +315,9 @@ def encryption(federation: Federation) -> Iterator[Finding]:
         key = default.get("KMSMasterKeyID", "the account's default key")
         rights = "kms:GenerateDataKey and kms:Decrypt"
         yield warn(
-            "encryption", f"bucket {bucket} uses SSE-KMS with {key}", f"every party's role needs {rights} on it, beside `silotune policies`"
+            "encryption",
+            f"bucket {bucket} uses SSE-KMS with {key}",
+            f"every party's role needs {rights} on it: `silotune policies --kms-key`",
         )
     elif default:
         yield ok("encryption", f"bucket {bucket} is encrypted by the store ({default['SSEAlgorithm']})")
@@ -461,251 +429,3 @@ def kubeflow(endpoint: str | None, namespace: str | None) -> Iterator[Finding]:
     major, _, rest = found.version.lstrip("v").partition(".")
     if major.isdigit() and (int(major), int(rest.partition(".")[0] or 0)) < (2, 14):
         yield warn("kubeflow", f"version {found.version} is older than what silotune was tried with (2.17)", "upgrade Kubeflow Pipelines")
-
-
-# Kubernetes
-
-
-class _NoRight(Exception):
-    """This account may not look."""
-
-
-@dataclass(frozen=True)
-class Kubernetes:
-    """A Kubernetes API, to be looked at only."""
-
-    client: Any
-
-    def get(self, path: str, *, accept: str = "application/json") -> dict[str, Any] | None:
-        """The object; None if there is none.
-
-        Raises:
-            _NoRight: not for this account.
-            UnreachableError: no answer.
-        """
-        import urllib3.exceptions
-        from kubernetes.client import ApiException
-
-        try:
-            answer = self.client.call_api(path, "GET", header_params={"Accept": accept}, auth_settings=["BearerToken"], response_type="object",
-                                          _return_http_data_only=True, _request_timeout=TIMEOUT)  # fmt: skip
-            return dict(answer)
-        except ApiException as error:
-            if error.status == 404:
-                return None
-            if error.status in (401, 403):
-                raise _NoRight from None
-            raise UnreachableError(f"the Kubernetes API cannot serve ({error.status}); wait and try again", "cluster unreachable") from None
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise UnreachableError(f"the Kubernetes API gives no answer ({type(error).__name__}); check the kubeconfig") from None
-
-
-def _kubernetes() -> Kubernetes:
-    from kubernetes import client, config
-    from kubernetes.config import ConfigException
-
-    settings = client.Configuration()
-    try:
-        if os.environ.get("KUBERNETES_SERVICE_HOST"):
-            config.load_incluster_config(settings)
-        else:
-            config.load_kube_config(client_configuration=settings, persist_config=False)
-    except ConfigException as error:
-        raise UnreachableError(f"no Kubernetes API is known ({error}); set KUBECONFIG, or run this in a pod") from None
-    settings.retries = 1
-    return Kubernetes(client.ApiClient(settings))
-
-
-def silos(federation: Federation, given: Any, namespace: str | None) -> Iterator[Finding]:
-    """Each silo's namespace, as far as this account may see it."""
-    near = [s for s in federation.silos if not s.placement.kubeconfig_secret]
-    for silo in (s for s in federation.silos if s not in near):
-        yield warn(silo.id, "has a cluster of its own, which is not looked at from here", "its people run `silotune doctor` there")
-    if not near:
-        return
-    api = Kubernetes(given) if given is not None else _kubernetes()
-    pipeline = namespace or os.environ.get(kfp_api.NAMESPACE) or "kubeflow"
-    for silo in near:
-        within = (silo.placement.namespace or "") if federation.launcher == "job" else pipeline
-        if not within:
-            continue  # told by `fit`
-        at = _At(api, federation, silo, within)
-        checks = (exists, account, secrets, claims, terms, nodes, quota)
-        for check in checks:
-            try:
-                yield from check(at)
-            except _NoRight:
-                right, scope = RIGHTS[check.__name__], "" if check is nodes else f" in namespace {within}"
-                yield warn(
-                    silo.id,
-                    f"{check.__name__}: not seen, for lack of the right to {right}{scope}",
-                    "grant it, or have the silo look itself",
-                )
-
-
-RIGHTS = {
-    "exists": "get namespaces",
-    "account": "get serviceaccounts",
-    "secrets": "get secrets",
-    "claims": "get persistentvolumeclaims",
-    "terms": "get configmaps",
-    "nodes": "list nodes",
-    "quota": "list resourcequotas",
-}
-
-
-@dataclass(frozen=True)
-class _At:
-    """A silo in its namespace."""
-
-    api: Kubernetes
-    federation: Federation
-    silo: Silo
-    namespace: str
-
-    def get(self, kind: str, name: str = "", *, accept: str = "application/json") -> dict[str, Any] | None:
-        return self.api.get("/".join(filter(None, (f"/api/v1/namespaces/{self.namespace}", kind, name))), accept=accept)
-
-    def missing(self, what: str) -> Finding:
-        cure = f"`silotune onboard {self.federation.file.name} {self.silo.id}` says how to make it"
-        return fail(self.silo.id, f"{what} does not exist in namespace {self.namespace}", cure)
-
-
-def exists(at: _At) -> Iterator[Finding]:
-    found = at.get("")
-    if found is None:
-        yield fail(
-            at.silo.id,
-            f"namespace {at.namespace} does not exist",
-            "have the silo's administrator create it, or correct placement.namespace",
-        )
-    elif (phase := (found.get("status") or {}).get("phase")) == "Terminating":
-        yield fail(at.silo.id, f"namespace {at.namespace} is being deleted", "have it created anew")
-    else:
-        yield ok(at.silo.id, f"namespace {at.namespace} is {str(phase or 'there').lower()}")
-
-
-def account(at: _At) -> Iterator[Finding]:
-    name = at.silo.placement.service_account or (job_manifest.ACCOUNT if at.federation.launcher == "job" else "")
-    if not name:
-        return
-    found = at.get("serviceaccounts", name)
-    if found is None:
-        yield at.missing(f"service account {name}")
-        return
-    yield ok(at.silo.id, f"service account {name}")
-    for pull in found.get("imagePullSecrets") or []:
-        if at.get("secrets", pull["name"], accept=METADATA) is None:
-            yield at.missing(f"image pull secret {pull['name']} of service account {name}")
-        else:
-            yield ok(at.silo.id, f"images are pulled with secret {pull['name']}")
-
-
-def secrets(at: _At) -> Iterator[Finding]:
-    for use in _secrets(at.federation, at.silo):
-        found = at.get("secrets", use.name, accept=METADATA)
-        yield at.missing(f"secret {use.name}") if found is None else ok(at.silo.id, f"secret {use.name}")
-
-
-def claims(at: _At) -> Iterator[Finding]:
-    for claim in _claims(at.federation, at.silo):
-        found = at.get("persistentvolumeclaims", claim.claim)
-        phase = ((found or {}).get("status") or {}).get("phase", "Pending")
-        if found is None:
-            yield at.missing(f"volume claim {claim.claim}")
-        elif phase == "Lost":
-            yield fail(at.silo.id, f"volume claim {claim.claim} has lost its volume", "restore the volume, or make a new claim")
-        elif phase == "Bound":
-            yield ok(at.silo.id, f"volume claim {claim.claim} is bound")
-        else:
-            yield warn(at.silo.id, f"volume claim {claim.claim} is {phase.lower()}", "right where its class waits for the first pod")
-
-
-def terms(at: _At) -> Iterator[Finding]:
-    """The silo's own copy of the file must agree with ours, or its updates are refused."""
-    name = at.silo.placement.config_map or (job_manifest.CONFIG_MAP if at.federation.launcher == "job" else "")
-    if not name:
-        return
-    found = at.get("configmaps", name)
-    text = ((found or {}).get("data") or {}).get("federation.yaml")
-    if found is None:
-        yield at.missing(f"config map {name}")
-    elif text is None:
-        yield fail(at.silo.id, f"config map {name} has no key federation.yaml", "put the silo's copy of the file there")
-    else:
-        yield _same_terms(at, name, text)
-
-
-def _same_terms(at: _At, name: str, text: str) -> Finding:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "federation.yaml"
-        file.write_text(text)
-        try:
-            theirs = Federation.load(file)
-        except FederationError as error:
-            lines = str(error).splitlines()
-            return fail(
-                at.silo.id,
-                f"config map {name}: its federation.yaml is wrong: {lines[min(1, len(lines) - 1)].strip()}",
-                "correct the silo's copy",
-            )
-    changes = at.federation.agreement("", "").changes(theirs.agreement("", ""))
-    if changes:
-        return fail(
-            at.silo.id, f"config map {name} has other terms: {', '.join(changes[:5])}", "bring the silo's copy and this file together"
-        )
-    return ok(at.silo.id, f"config map {name} has the same terms as {at.federation.file.name}")
-
-
-def nodes(at: _At) -> Iterator[Finding]:
-    place = at.silo.placement
-    listed = (at.api.get("/api/v1/nodes") or {}).get("items") or []
-    fitting = [n for n in listed if _takes(n, place.node_selector, place.tolerations)]
-    able = [n for n in fitting if int((n["status"].get("allocatable") or {}).get(place.gpu_type, 0)) >= place.gpus]
-    wanted = f"{place.gpus} × {place.gpu_type}" if place.gpus else "its selector and tolerations"
-    if able:
-        yield ok(at.silo.id, f"{len(able)} of {len(listed)} nodes have {wanted}" + ("" if place.gpus else " fit"))
-    else:
-        why = (
-            f"{len(fitting)} of {len(listed)} nodes fit its selector and tolerations, none has {wanted}"
-            if place.gpus
-            else f"no node fits {wanted}"
-        )
-        yield fail(at.silo.id, why, "add nodes, or correct placement; right only where a pool grows from zero")
-
-
-def _takes(node: dict[str, Any], selector: dict[str, str], tolerations: list[Toleration]) -> bool:
-    labels = node["metadata"].get("labels") or {}
-    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in node["status"].get("conditions") or [])
-    taints = [t for t in (node.get("spec") or {}).get("taints") or [] if t["effect"] != "PreferNoSchedule"]
-    return ready and selector.items() <= labels.items() and all(any(_tolerates(t, taint) for t in tolerations) for taint in taints)
-
-
-def _tolerates(toleration: Toleration, taint: dict[str, str]) -> bool:
-    key = toleration.key is None or toleration.key == taint["key"]
-    value = toleration.operator == "Exists" or toleration.value == taint.get("value")
-    return key and value and toleration.effect in (None, taint["effect"])
-
-
-def quota(at: _At) -> Iterator[Finding]:
-    """Whether one more pod of the silo's fits into what its namespace may use."""
-    from kubernetes.utils.quantity import parse_quantity
-
-    place = at.silo.placement
-    memory = place.memory or job_manifest.MEMORY
-    needs = {"pods": "1", "count/jobs.batch": "1", "requests.memory": memory, "limits.memory": memory, "requests.cpu": place.cpu or "0"}
-    needs |= {f"requests.{place.gpu_type}": str(place.gpus)}
-    short = []
-    listed = (at.get("resourcequotas") or {}).get("items") or []
-    for item in listed:
-        hard = (item.get("status") or {}).get("hard") or (item.get("spec") or {}).get("hard") or {}
-        used = (item.get("status") or {}).get("used") or {}
-        for what, need in needs.items():
-            if what in hard and parse_quantity(hard[what]) - parse_quantity(used.get(what, "0")) < parse_quantity(need):
-                short.append(f"{what}: {need} needed, {used.get(what, '0')} of {hard[what]} used")
-    if short:
-        yield fail(
-            at.silo.id, f"quota of namespace {at.namespace} has no room: {'; '.join(short)}", "have it raised, or finished Jobs deleted"
-        )
-    else:
-        yield ok(at.silo.id, "quota has room" if listed else f"namespace {at.namespace} has no quota")

@@ -12,7 +12,7 @@ from silotune.components.federation import Federation
 from silotune.pipelines.kfp_api import Cluster, experiment_of, get_text, pages, speaking, words_of
 
 GOING = ("RUNTIME_STATE_UNSPECIFIED", "PENDING", "RUNNING", "PAUSED", "CANCELING")
-COORDINATOR_TASKS = ("initialize", "aggregate", "export")
+COORDINATOR_TASKS = ("initialize", "combine", "aggregate", "export")
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def logs(cluster: Cluster, federation: Federation, run: str | None = None) -> li
             what = f"run {run!r} is none of federation {federation.name!r}" if run else f"federation {federation.name!r} has no run"
             raise FederationError(f"{what}; `silotune runs` lists them, `silotune submit` starts one")
         found = _run(cluster, cluster.client.get_run(wanted), {})
-        return [_log(cluster, found, task) for task in found.tasks if task.name in COORDINATOR_TASKS]
+        return [_log(cluster, found, task) for task in found.tasks if task.name.split(" ")[0] in COORDINATOR_TASKS]
 
 
 def _log(cluster: Cluster, run: Run, task: Task) -> TaskLog:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from silotune.components import keys
 from silotune.components.federation import Federation
-from silotune.pipelines import doctor
+from silotune.pipelines import doctor, kubernetes_view
 from silotune.pipelines.doctor import Finding
 
 IMAGE = "registry.example/silotune-silo@sha256:" + "a" * 64
@@ -99,6 +99,10 @@ def answers() -> Iterator[Answers]:
         }
         for name in ("silotune-keys", "silotune-s3", "silotune-registry"):
             found.known[f"{at}/secrets/{name}"] = (200, {"kind": "PartialObjectMetadata"})
+    at = "/api/v1/namespaces/kubeflow"
+    found.known[f"{at}/configmaps/silotune-store"] = (200, {"data": {"AWS_ENDPOINT_URL": "https://store.example"}})
+    for name in ("silotune-keys", "silotune-s3", "silotune-mlflow"):
+        found.known[f"{at}/secrets/{name}"] = (200, {"kind": "PartialObjectMetadata"})
     yield found
     found.server.shutdown()
     found.server.server_close()
@@ -155,8 +159,8 @@ def make(tmp_path: Path, public: dict[str, str], answers: Answers) -> Callable[.
 
     def load(*changes: tuple[str, str]) -> Federation:
         text = FILE.replace("MLFLOW", answers.url).replace("KEYS", json.dumps(public))
-        for silo in ("north", "south"):
-            path = f"/api/v1/namespaces/silotune-{silo}/configmaps/silotune-federation"
+        for namespace in ("silotune-north", "silotune-south", "kubeflow"):
+            path = f"/api/v1/namespaces/{namespace}/configmaps/silotune-federation"
             answers.known.setdefault(path, (200, {"data": {"federation.yaml": text}}))
         for old, new in changes:
             assert old in text
@@ -196,16 +200,27 @@ def test_a_federation_that_has_all_it_needs_is_well(make: Callable[..., Federati
         found = doctor.examine(make(), endpoint=kfp.url, kubernetes=api)
     assert [f for f in found if f.level != "ok"] == []
     assert doctor.exit_code(found) == 0
-    assert {"federation", "affinity map", "keys", "store", "clock", "encryption", "base model", "mlflow", "kubeflow", "north", "south"} <= {
-        f.name for f in found
-    }
+    assert {
+        "federation",
+        "affinity map",
+        "keys",
+        "store",
+        "clock",
+        "encryption",
+        "base model",
+        "mlflow",
+        "kubeflow",
+        "north",
+        "south",
+        "coordinator",
+    } <= {f.name for f in found}
     assert any("2.17.0" in f.what for f in found)
 
 
 def test_no_secret_is_read_whole(make: Callable[..., Federation], answers: Answers) -> None:
     look(make(), answers)
     accepted = {headers["Accept"] for path, headers in answers.asked if "/secrets/" in path}
-    assert accepted == {doctor.METADATA}
+    assert accepted == {kubernetes_view.METADATA}
 
 
 def test_every_check_runs_whatever_the_others_find(make: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +232,85 @@ def test_every_check_runs_whatever_the_others_find(make: Callable[..., Federatio
     assert doctor.exit_code(found) == 5
     assert doctor.exit_code([*found, doctor.fail("x", "wrong", "correct it")]) == 2
     assert "wJalrXUtnFEMI" not in str(found)
+
+
+# Where the coordinator's tasks run
+
+
+def look_at_tasks(federation: Federation, answers: Answers, namespace: str | None = None) -> list[Finding]:
+    with kubernetes(answers.url) as api:
+        return list(doctor.tasks(federation, api, namespace))
+
+
+@pytest.mark.parametrize(
+    ("path", "told", "cure"),
+    [
+        ("configmaps/silotune-federation", "config map silotune-federation does not exist", "--from-file=federation.yaml=ward.yaml"),
+        ("configmaps/silotune-store", "config map silotune-store does not exist", "right where it is there"),
+        ("secrets/silotune-s3", "secret silotune-s3 does not exist", "--from-file=AWS_SECRET_ACCESS_KEY"),
+        ("secrets/silotune-keys", "secret silotune-keys does not exist", "--from-file=coordinator.pem"),
+        ("secrets/silotune-mlflow", "secret silotune-mlflow does not exist", "right where MLflow asks nobody"),
+    ],
+)
+def test_what_the_coordinators_tasks_miss_is_a_warning_by_its_name(
+    make: Callable[..., Federation], answers: Answers, path: str, told: str, cure: str
+) -> None:
+    federation = make()
+    assert levels(look_at_tasks(federation, answers)) == ["ok"] * 5
+    del answers.known[f"/api/v1/namespaces/kubeflow/{path}"]
+    (missing,) = [f for f in look_at_tasks(federation, answers) if f.level != "ok"]
+    assert (missing.name, missing.level) == ("coordinator", "warn")
+    assert told in missing.what
+    assert "kubeflow" in missing.what
+    assert cure in missing.cure
+
+
+def test_they_are_looked_for_under_the_names_that_the_file_gives_and_where_the_profile_is(
+    make: Callable[..., Federation], answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "{config_map: w-terms, s3_secret: w-s3, keys_secret: w-keys, claims: [{claim: w-models, mount: /models}]}"
+    federation = make(("tracking: {uri: " + answers.url + "}", "tracking: {uri: none}\ncoordinator: " + names))
+    monkeypatch.setenv("KFP_NAMESPACE", "ward-profile")
+    found = look_at_tasks(federation, answers)
+    assert levels(found) == ["warn"] * 5
+    asked = {path for path, _ in answers.asked if "ward-profile" in path}
+    places = {"configmaps/w-terms", "configmaps/silotune-store", "secrets/w-s3", "secrets/w-keys", "persistentvolumeclaims/w-models"}
+    assert asked == {f"/api/v1/namespaces/ward-profile/{place}" for place in places}
+    assert "volume claim w-models does not exist in namespace ward-profile" in found[-1].what
+
+
+@pytest.mark.parametrize(("phase", "level"), [("Bound", "ok"), ("Pending", "warn"), ("Lost", "warn")])
+def test_a_claim_of_the_coordinators_is_told_by_its_state(
+    make: Callable[..., Federation], answers: Answers, phase: str, level: str
+) -> None:
+    federation = make(("storage: {", "coordinator: {claims: [{claim: models, mount: /models}]}\nstorage: {"))
+    answers.known["/api/v1/namespaces/kubeflow/persistentvolumeclaims/models"] = (200, {"status": {"phase": phase}})
+    (claim,) = [f for f in look_at_tasks(federation, answers) if "models" in f.what]
+    assert claim.level == level
+    assert ("is bound" if phase == "Bound" else phase.lower()) in claim.what
+
+
+def test_the_coordinators_own_copy_with_other_terms_fails(make: Callable[..., Federation], answers: Answers) -> None:
+    path = "/api/v1/namespaces/kubeflow/configmaps/silotune-federation"
+    text = make().file.read_text()
+    answers.known[path] = (200, {"data": {"federation.yaml": text + "training: {steps: 9}\n"}})
+    (other,) = [f for f in look_at_tasks(make(), answers) if f.level == "fail"]
+    assert "config map silotune-federation has other terms: training" in other.what
+
+
+def test_no_secret_of_the_coordinators_is_read_whole(make: Callable[..., Federation], answers: Answers) -> None:
+    look_at_tasks(make(), answers)
+    accepted = {headers["Accept"] for path, headers in answers.asked if "/secrets/" in path}
+    assert accepted == {kubernetes_view.METADATA}
+
+
+def test_what_the_account_may_not_see_there_is_a_warning_that_names_the_right(make: Callable[..., Federation], answers: Answers) -> None:
+    federation = make()
+    for name in ("silotune-s3", "silotune-keys", "silotune-mlflow"):
+        answers.known[f"/api/v1/namespaces/kubeflow/secrets/{name}"] = (403, {"kind": "Status", "code": 403})
+    (unseen,) = [f for f in look_at_tasks(federation, answers) if f.level != "ok"]
+    assert unseen.level == "warn"
+    assert "secrets: not seen, for lack of the right to get secrets in namespace kubeflow" in unseen.what
 
 
 # Each silo
@@ -250,6 +344,20 @@ def test_what_a_silo_lacks_is_told_with_its_name(
     assert (found.name, found.level) == ("north", level)
     assert found.cure or level == "ok"
     assert all(f.level == "ok" for f in look(federation, answers) if f.name == "south")
+
+
+def test_what_several_nodes_need_is_asked_for(make: Callable[..., Federation], answers: Answers) -> None:
+    federation = make(("gpus: 1, ", "gpus: 2, nodes: 3, "))
+    claims, quotas = (f"/api/v1/namespaces/silotune-north/{what}" for what in ("persistentvolumeclaims/silotune-silo", "resourcequotas"))
+    answers.known[claims] = (200, {"spec": {"accessModes": ["ReadWriteOnce"]}, "status": {"phase": "Bound"}})
+    (found,) = (f for f in look(federation, answers, "access mode") if f.name == "north")
+    assert (found.level, found.what) == ("fail", "volume claim silotune-silo has access mode ReadWriteOnce, and 3 nodes share it")
+    answers.known[claims] = (200, {"spec": {"accessModes": ["ReadWriteMany"]}, "status": {"phase": "Bound"}})
+    hard = {"pods": "3", "requests.nvidia.com/gpu": "5", "limits.memory": "12Gi", "count/jobs.batch": "1"}
+    answers.known[quotas] = (200, {"items": [{"status": {"hard": hard}}]})
+    mine = [f for f in look(federation, answers) if f.name == "north"]
+    (short,) = (f.what for f in mine if f.level == "fail")
+    assert short.endswith("has no room: requests.nvidia.com/gpu: 2 for each of 3 pods needed, 0 of 5 used")
 
 
 def test_a_silos_copy_with_other_terms_is_found_out(make: Callable[..., Federation], answers: Answers) -> None:

@@ -215,6 +215,26 @@ def test_rights_go_to_the_account_that_is_named(onboard: Callable[..., Path], bu
     assert f"`system:serviceaccount:{namespace}:{name}`" in (folder / "README.md").read_text()
 
 
+def test_the_command_hands_the_account_on(silotune: Callable[..., tuple[int, str, str]], build: Any, tmp_path: Path) -> None:
+    """On a Kubeflow Pipelines that stands alone, tasks run in kubeflow."""
+    (tmp_path / "f.yaml").write_text(FILE)
+    words = (
+        "onboard",
+        tmp_path / "f.yaml",
+        "north",
+        "-o",
+        tmp_path / "north",
+        "--image",
+        IMAGE,
+        "--launcher",
+        "kubeflow/silotune-launcher",
+    )
+    code, _, said = silotune(*words)
+    assert code == 0, said
+    (binding,) = (o for o in build(tmp_path / "north") if o["kind"] == "RoleBinding")
+    assert binding["subjects"][0]["namespace"] == "kubeflow"
+
+
 def test_the_terms_and_rights_in_the_folder_are_those_of_the_federation(onboard: Callable[..., Path], build: Any, tmp_path: Path) -> None:
     folder = onboard()
     assert (folder / "federation.yaml").read_text() == FILE

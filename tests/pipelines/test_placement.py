@@ -108,7 +108,10 @@ def test_a_pod_is_placed_word_for_word(tmp_path: Path) -> None:
     ]
     assert settings["nodeAffinity"][0]["nodeAffinityJson"]["runtimeValue"]["constant"] == NODES
     assert [(p["constant"], p["mountPath"]) for p in settings["pvcMount"]] == [("north-data", "/silo")]
-    assert [(c["configMapName"], c["mountPath"]) for c in settings["configMapAsVolume"]] == [("terms", "/federation"), ("silotune-ca", "/ca")]
+    assert [(c["configMapName"], c["mountPath"]) for c in settings["configMapAsVolume"]] == [
+        ("terms", "/federation"),
+        ("silotune-ca", "/ca"),
+    ]
     pairs = [(s["secretName"], k["secretKey"], k["envVar"]) for s in settings["secretAsEnv"] for k in s["keyToEnv"]]
     assert pairs == [("north-s3", "key", "A"), ("north-s3", "key", "B")]
     assert not any(use.get("optional") for kind in ("secretAsVolume", "secretAsEnv") for use in settings[kind]), "the file names them"
