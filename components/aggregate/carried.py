@@ -40,7 +40,6 @@ def round_of(rounds: Rounds, latest: Commit, plan: Plan, agreement: Agreement, i
     lora = agreement.model.get("lora")
     return Round(
         terms=terms, incoming=incoming, silos=len(agreement.silos), scale=lora["alpha"] / lora["r"] if lora else 1.0,
-        ranks=tuple(sorted({agreement.rank_of(silo) for silo in agreement.silos})),
         carried=Carried(files, numbers), initial=_begun_anew(agreement, plan, incoming) if terms.traits.combine == "stack" else {},
         groups=terms.groups(plan.participants),
     )  # fmt: skip

@@ -56,7 +56,6 @@ class Round:
     incoming: TensorFile
     silos: int  # in the federation, whether they delivered or not
     scale: float = 1.0  # LoRA's alpha / r
-    ranks: tuple[int, ...] = ()  # of all silos, where the global's is not the only one
     carried: Carried = field(default_factory=Carried)
     initial: Mapping[str, np.ndarray] = field(default_factory=dict)  # flora: A by tensor name, as adapters begin anew
     groups: Sequence[Sequence[str]] = ()  # `Aggregation.groups` of all silos that were asked
@@ -107,9 +106,7 @@ def combine(given: Round, updates: Mapping[str, Update], folder: Path, stored: S
         return _plain(given, updates, counts, out, stored)
     judgement = _judged(given, updates, counts)
     if terms.traits.combine == "product":
-        found = pairs_mean(
-            given.incoming, updates, out, given.scale, lambda _, before, pairs, rest: _product(judgement, before, pairs), ranks=given.ranks
-        )
+        found = pairs_mean(given.incoming, updates, out, given.scale, lambda _, before, pairs, rest: _product(judgement, before, pairs))
         norms, change, residuals, spectra = found.norms, found.change, found.residuals, found.spectra
         files: dict[str, Path] = {}
     else:
@@ -155,7 +152,7 @@ def _plain(
         return Combined(shares, mean.norms, mean.change, files=files)
     if terms.traits.combine == "product":
         rest = ServerState(given.carried.files.get(REST), out.with_name("rest.safetensors")) if terms.carry else None
-        found = product_mean(incoming, updates, counts, out, scale=given.scale, carry=rest, ranks=given.ranks)
+        found = product_mean(incoming, updates, counts, out, scale=given.scale, carry=rest)
         return Combined(
             shares, found.norms, found.change, residuals=found.residuals, spectra=found.spectra, files={REST: rest.after} if rest else {}
         )

@@ -10,7 +10,7 @@ already scaled; updates have the pairs only. A global without ``delta`` is one w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from silotune.components.learning.aggregation.factors import DELTA, A, B, LoraPair, modules, stacked
-from silotune.components.learning.aggregation.gauge import aligned
 from silotune.components.learning.aggregation.mean import METADATA, ServerState
-from silotune.components.learning.aggregation.product import Best, distance, mean_product
+from silotune.components.learning.aggregation.product import Best, distance, kept_alive, mean_product
 from silotune.components.learning.aggregation.spectrum import Spectrum
 from silotune.components.learning.aggregation.stacking import added, begun_anew, mean_factors, product_blocks, rows_of
 from silotune.components.learning.tensor_file import TensorFile, TensorWriter, tensor_writer, to_bytes
@@ -41,14 +40,13 @@ class LoraMean:
 
 def product_mean(
     incoming: TensorFile, updates: Mapping[str, Update], weights: Mapping[str, float], out: Path, *, scale: float = 1.0,
-    carry: ServerState | None = None, ranks: Iterable[int] = (),
+    carry: ServerState | None = None,
 ) -> LoraMean:  # fmt: skip
     """Write the next global: of each module the best pair of the global's rank for the mean of the silos' products (`product.mean_product`).
 
     Args:
         weights: by silo, in any unit.
         scale: s = alpha / r, by which ``change`` is measured.
-        ranks: of the silos; see `gauge`.
         carry: where what the rank does not hold is read and written, as pairs ``rest.…`` of the global's rank; None to drop it.
 
     Raises:
@@ -58,19 +56,18 @@ def product_mean(
     """
     return pairs_mean(
         incoming, updates, out, scale, lambda _, before, differences, rest: mean_product(before, differences, weights, rest, carry=carry is not None),
-        carry, ranks,
+        carry,
     )  # fmt: skip
 
 
 def pairs_mean(
     incoming: TensorFile, updates: Mapping[str, Update], out: Path, scale: float,
     best_of: Callable[[str, LoraPair, Mapping[str, LoraPair], LoraPair | None], Best], carry: ServerState | None = None,
-    ranks: Iterable[int] = (),
 ) -> LoraMean:  # fmt: skip
     """Write the next global: of each module the pair that ``best_of`` makes of (module, incoming pair, differences by silo, what was carried).
 
     Args:
-        scale, carry, ranks: as `product_mean`.
+        scale, carry: as `product_mean`.
 
     Raises:
         ValueError, UpdateRefused, SilotuneError: as `product_mean`.
@@ -90,7 +87,7 @@ def pairs_mean(
             before, differences = reader.pairs(module)
             carried = _pair(carry.before, REST + module) if carry and carry.before else None
             best = best_of(module, before, differences, carried)
-            pair = aligned(best.pair, before, ranks)
+            pair = kept_alive(best.pair, before)
             _write(target, module, pair)
             if state and best.rest:
                 _write(state, REST + module, best.rest)

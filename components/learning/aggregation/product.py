@@ -63,6 +63,12 @@ def mean_product(
     return best_of_rank(b, a, incoming.rank, incoming.rank if carry else 0)
 
 
+def kept_alive(pair: LoraPair, incoming: LoraPair) -> LoraPair:
+    """The same product, with the incoming rows of A where the pair has none: where both factors are zero no gradient would ever move them."""
+    dead = np.abs(pair.b).max(axis=0) == 0
+    return LoraPair(pair.b, np.where(dead[:, None], incoming.a, pair.a))
+
+
 def best_of_rank(b: np.ndarray, a: np.ndarray, rank: int, beyond: int = 0) -> Best:
     """The truncated SVD of BA (Eckart & Young 1936), in balanced factors.
 

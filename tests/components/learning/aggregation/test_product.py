@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from silotune.components.errors import SilotuneError
 from silotune.components.learning.aggregation import product
 from silotune.components.learning.aggregation.factors import LoraPair, stacked, truncated
-from silotune.components.learning.aggregation.product import Best, best_of_rank, distance, mean_product
+from silotune.components.learning.aggregation.product import Best, best_of_rank, distance, kept_alive, mean_product
 
 OUT, IN, RANK = 40, 31, 4
 ATOL = 1e-6  # of the norm of what is approximated
@@ -270,6 +270,17 @@ def test_first_round_from_a_zero_b() -> None:
     differences = silos(5)
     weights = dict.fromkeys(differences, 1.0)
     agree(mean_product(incoming, differences, weights), by_hand(incoming, differences, weights), RANK)
+
+
+def test_directions_that_are_lost_can_be_learned_again() -> None:
+    """Zero in both factors is a saddle: no gradient moves either. So A keeps the incoming rows there, and the product is the same."""
+    incoming = LoraPair(np.zeros((OUT, RANK), np.float32), pair(1).a)
+    own = pair(2, 1)
+    found = kept_alive(mean_product(incoming, {"a": LoraPair(own.b, own.a)}, {"a": 1.0}).pair, incoming)
+    assert not found.b[:, 1:].any()
+    assert found.a[1:].tobytes() == incoming.a[1:].tobytes()
+    expected = own.b.astype(np.float64) @ (incoming.a[:1].astype(np.float64) + own.a)
+    assert np.linalg.norm(found.product() - expected) <= ATOL * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("width", [6, 60])
