@@ -7,7 +7,7 @@ in the file (``silos[1].train``), the value got and the cure. Paths become absol
 The `Agreement` is the part of it that silos consent to; its SHA-256 names it everywhere. Three kinds of edit follow from it:
 
     free            paths, storage, tracking, round counts: at any time
-    an amendment    silos, training, data terms, aggregation, codec: from the next open round on
+    an amendment    silos, training, data terms, aggregation, codec, privacy: from the next open round on
     a new federation: base model, method, adapter shape: needs another name or another storage root
 
 This module imports nothing heavy: `silotune check` and every pipeline task start with it.
@@ -37,6 +37,7 @@ from silotune.components.federation_file import (
     STORE_ROOT,
     TRACKING_URI,
 )
+from silotune.components.privacy_terms import MAX_GRAD_NORM, Privacy
 from silotune.components.section import Fraction, Positive, Section, Share
 from silotune.components.strategies import Aggregation
 
@@ -130,7 +131,7 @@ class Training(Section):
         "constant", description="Course of the peak rate over `rounds.total` rounds; the plan of a round records its rate."
     )
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay of AdamW.")
-    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False, description="L2 norm that a step's gradient is clipped to.")
+    max_grad_norm: float = Field(MAX_GRAD_NORM, gt=0, allow_inf_nan=False, description="L2 norm that a step's gradient is clipped to.")
     packing: bool = Field(
         True, description="Lay short examples of a batch side by side in one row, unable to see each other; saves padding."
     )
@@ -432,6 +433,7 @@ class Federation(Section):
     evaluation: Evaluation = Field(default_factory=Evaluation)
     export: Export = Field(default_factory=Export)
     communication: Communication = Field(default_factory=Communication)
+    privacy: Privacy = Field(default_factory=Privacy)
     storage: Storage = Field(default_factory=Storage)
     tracking: Tracking = Field(default_factory=Tracking)
     security: Security = Field(default_factory=Security)
@@ -524,6 +526,12 @@ class Federation(Section):
                 return silo
         raise FederationError(f"silo {silo_id!r} is not in federation {self.name!r}; it has {', '.join(self.silo_ids)}")
 
+    @property
+    def privacy_agreed(self) -> Privacy:
+        """The terms of privacy with the rounds that they are planned for, which noise follows from."""
+        planned = self.privacy.of_records or self.privacy.silo is not None
+        return self.privacy.model_copy(update={"rounds": self.privacy.rounds or self.rounds.total}) if planned else self.privacy
+
     def agreement(self, base: str, tokenizer: str) -> Agreement:
         """The terms of this file for a base model of content digest ``base`` and tokenizer digest ``tokenizer``."""
         model = self.model.model_dump(exclude={"base"})
@@ -540,6 +548,7 @@ class Federation(Section):
             aggregation=self.aggregation,
             evaluation=self.evaluation,
             communication=self.communication,
+            privacy=self.privacy_agreed,
             custody=self.custody,
             keys=self.public_keys,
         )
@@ -559,6 +568,7 @@ class Agreement(Section):
     aggregation: Aggregation
     evaluation: Evaluation
     communication: Communication
+    privacy: Privacy
     custody: Literal["parties", "local", "none"]
     keys: dict[str, list[PublicKey]]
 

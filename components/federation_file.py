@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from silotune.components import strategies
+from silotune.components import privacy_terms, strategies
 from silotune.components.errors import FederationError
 
 PATH_FIELDS = ("train", "valid", "test", "storage")
@@ -213,6 +213,7 @@ def contradictions(raw: dict[str, Any]) -> list[str]:
         homes.setdefault(str(silo.get("storage")), i)
     problems += _key_contradictions(raw)
     problems += strategies.conflicts(raw)
+    problems += privacy_terms.conflicts(raw)
     rounds = raw.get("rounds")
     quorum, where = rounds.get("quorum") if isinstance(rounds, dict) else None, "rounds.quorum"
     if isinstance(quorum, dict):

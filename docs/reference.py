@@ -71,6 +71,7 @@ NOTES = {
     "model.base": "The path is free, its contents are not: other weights or another tokenizer make a new federation.",
     "silos.id": "A silo joins or leaves.",
     "aggregation.strategy": "To or from `fed-sb`: a new federation.",
+    "rounds.total": "An amendment where privacy is promised and `privacy.rounds` is not given.",
     "storage.root": "Copy what is there along; an empty store is a federation that begins anew.",
     "export.merge": "No effect with `method: full`.",
     "security.keys": "Rotating a key, too, is an amendment.",
@@ -208,6 +209,7 @@ def edit(path: str) -> str:
             "silos": [{"id": "north", "train": "/north", "placement": placement}],
             "aggregation": {"clip": {}, "robust": {"rule": "median"}},
             "coordinator": {key: placement[key] for key in ("tolerations", "claims")},
+            "privacy": {"rounds": 9, "silo": {"epsilon": 1.0}, "secure_aggregation": {}},
             "rounds": {"until": {}, "quorum": 1, "rollback": {"max_loss_increase": 1.0}},
             "security": {"keys": {"coordinator": KEY, "north": [{"public": KEY, "until": 9}]}},
         }

@@ -241,6 +241,7 @@ class Simulation:
         terms = self.federation.model_dump()
         terms |= {"silos": [{k: v for k, v in s.items() if v is not None} for s in silos]}
         terms["aggregation"] = {"strategy": "fedavg", "weights": self.federation.aggregation.weights}  # of one silo: its own difference
+        terms["privacy"] = self.federation.privacy.model_dump() | {"silo": None, "secure_aggregation": None}
         for silo in terms["silos"]:
             if rank := (silo.pop("lora", None) or {}).get("r"):
                 lora = terms["model"]["lora"]
