@@ -23,39 +23,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from silotune.components import federation_file
 from silotune.components.errors import FederationError
 from silotune.components.federation_file import (
     COORDINATOR,
-    DURATION,
-    HTTP_URL,
-    KUBERNETES_NAME,
     PUBLIC_KEY,
-    QUANTITY,
     STORE_ROOT,
     TRACKING_URI,
 )
+from silotune.components.placement_terms import Coordinator, Placement
 from silotune.components.privacy_terms import MAX_GRAD_NORM, Privacy
-from silotune.components.section import Fraction, Positive, Section, Share
+from silotune.components.round_terms import Quorum, Rounds, seconds
+from silotune.components.section import Fraction, Positive, Section
 from silotune.components.strategies import Aggregation
 
 SILO_ID = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
 
-Duration = Annotated[str, Field(pattern=DURATION)]
-KubernetesName = Annotated[str, Field(pattern=KUBERNETES_NAME)]
 WORK_VARIABLE = "SILOTUNE_WORK"
-SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def _counted(value: Any) -> Any:
-    """``quorum: 2`` for ``quorum: {count: 2}``."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return {"count": value}
-    if value is not None and not isinstance(value, dict | BaseModel):
-        raise ValueError("must be a whole number, or hold count and weight")
-    return value
 
 
 def _listed(value: Any) -> Any:
@@ -157,93 +143,6 @@ class SiloLora(Section):
     )
 
 
-class Toleration(Section):
-    """A taint of nodes that the silo's pods may run on."""
-
-    key: str | None = Field(None, description="Taint key; default: every taint.")
-    operator: Literal["Exists", "Equal"] = Field("Exists", description="`Equal` compares `value`.")
-    value: str | None = Field(None, description="With `Equal`.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="Default: every effect.")
-
-
-class SecretUse(Section):
-    """A Kubernetes Secret that the silo's work needs, in the namespace where it runs."""
-
-    name: KubernetesName = Field(description="Name of the Secret.")
-    env: dict[str, str] = Field(default_factory=dict, description="Environment variable -> key of the Secret.")
-    mount: str | None = Field(None, pattern=r"^/", description="Folder that the Secret's keys appear in as files.")
-
-
-class Claim(Section):
-    """A PersistentVolumeClaim and where it appears."""
-
-    claim: KubernetesName = Field(description="Name of the claim.")
-    mount: str = Field(pattern=r"^/", description="Folder that it appears as.")
-    read_only: bool = Field(False, description="Mounted for reading only.")
-
-
-class Placement(Section):
-    """What a silo's work needs from the cluster. Constants when the pipeline is compiled."""
-
-    namespace: KubernetesName | None = Field(None, description="Where the silo's Jobs run; with `launcher: job`, the silo's own.")
-    kubeconfig_secret: KubernetesName | None = Field(
-        None, description="Secret with a `kubeconfig` for the silo's own cluster; default: the cluster of the pipeline."
-    )
-    image: str | None = Field(None, description="Image of the silo's work, by digest: `registry/silotune-silo@sha256:…`.")
-    service_account: KubernetesName | None = Field(None, description="Account that the silo's pods run as.")
-    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes it may run on.")
-    tolerations: list[Toleration] = Field(default_factory=list, description="Taints it puts up with.")
-    affinity: dict[str, Any] = Field(default_factory=dict, description="A Kubernetes affinity, as in a pod.")
-    gpus: Annotated[int, Field(ge=0)] = Field(0, description="GPUs per pod; training uses all of them, the other boxes one.")
-    gpu_type: str = Field("nvidia.com/gpu", description="Resource name of the GPUs.")
-    cpu: str | None = Field(None, pattern=QUANTITY, description="CPUs, such as `4` or `500m`.")
-    memory: str | None = Field(None, pattern=QUANTITY, description="Memory, such as `16Gi`; also the limit.")
-    ephemeral_storage: str | None = Field(None, pattern=QUANTITY, description="Local disk, such as `20Gi`; also the limit.")
-    runtime_class: KubernetesName | None = Field(None, description="Runtime class, such as `nvidia` or a confidential one.")
-    priority_class: KubernetesName | None = Field(None, description="Priority class.")
-    claims: list[Claim] = Field(default_factory=list, description="Volumes: the silo's storage, its records, a cache of models.")
-    secrets: list[SecretUse] = Field(default_factory=list, description="Secrets, as files or as environment variables.")
-    config_map: KubernetesName | None = Field(None, description="ConfigMap whose key `federation.yaml` is the silo's copy of this file.")
-    trainer: Literal["job", "trainjob"] = Field("job", description="Training as a Job, or as a TrainJob of Kubeflow Trainer.")
-    nodes: Positive = Field(1, description="Pods that train together, in a storage that all of them can write.")
-
-
-class Coordinator(Section):
-    """What initialize, aggregate and export need from the cluster of the pipeline. Launchers, too, use its nodes and names."""
-
-    cpu: str = Field("1", pattern=QUANTITY, description="CPUs of a box, such as `4` or `500m`; also the limit.")
-    memory: str = Field(
-        "4Gi",
-        pattern=QUANTITY,
-        description="Memory of a box, such as `16Gi`; also the limit. initialize and export hold the base model, aggregate one tensor at a time.",
-    )
-    node_selector: dict[str, str] = Field(default_factory=dict, description="Labels of the nodes it may run on.")
-    tolerations: list[Toleration] = Field(default_factory=list, description="Taints it puts up with.")
-    claims: list[Claim] = Field(
-        default_factory=list, description="Volumes for initialize and export, such as one that holds `model.base` where it is a folder."
-    )
-    config_map: KubernetesName = Field(
-        "silotune-federation", description="ConfigMap whose key `federation.yaml` is the coordinator's copy of this file."
-    )
-    keys_secret: KubernetesName = Field("silotune-keys", description="Secret with `coordinator.pem`, the signing key; no launcher gets it.")
-    s3_secret: KubernetesName = Field("silotune-s3", description="Secret with `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`.")
-    mlflow_secret: KubernetesName = Field(
-        "silotune-mlflow", description="Secret with `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`, where the server asks."
-    )
-
-    kfp_api: str = Field(
-        "http://ml-pipeline.kubeflow.svc.cluster.local:8888",
-        pattern=HTTP_URL,
-        description="Kubeflow's API as pods reach it: the last run disables its schedule there.",
-    )
-
-    @model_validator(mode="after")
-    def _claims_for_writing(self) -> Coordinator:
-        if mounted := [c.claim for c in self.claims if c.read_only]:
-            raise ValueError(f"claims must not be read_only, which KFP 2.17 cannot do; leave it out for {', '.join(mounted)}")
-        return self
-
-
 class Silo(Section):
     """One organisation, and where *it* keeps its records. Its paths are read on its side only."""
 
@@ -255,73 +154,6 @@ class Silo(Section):
     training: SiloTraining = Field(default_factory=SiloTraining, description="Overrides for this silo.")
     lora: SiloLora = Field(default_factory=SiloLora, description="Its own rank, for a silo with less memory or bandwidth.")
     placement: Placement = Field(default_factory=Placement, description="Kubernetes only: what its work needs from the cluster.")
-
-
-class Until(Section):
-    """Convergence: stop when the pooled validation metric has not improved for a while."""
-
-    metric: Literal["loss", "perplexity", "token_accuracy"] = Field("loss", description="Pooled over silos, by tokens.")
-    patience: Positive = Field(3, description="Rounds without improvement before stopping.")
-    min_delta: float = Field(0.0, ge=0, allow_inf_nan=False, description="Change that counts as improvement.")
-
-
-class Quorum(Section):
-    """How much of a federation makes a round; all that is given must hold."""
-
-    count: Positive = Field(1, description="Silos that must deliver.")
-    weight: Share | None = Field(
-        None, description="Share of the examples asked of all silos together (steps × batch size) that must have been trained on."
-    )
-
-
-class Rollback(Section):
-    """When a global model is left behind. It shows one round later, when the silos have scored it."""
-
-    max_loss_increase: float = Field(
-        gt=0,
-        allow_inf_nan=False,
-        description="Pooled validation loss above the best one so far, in nats per token, that is still accepted.",
-    )
-
-
-class Guards(Section):
-    """Checks on every commit against rounds that are silently wrong."""
-
-    norm_band: float | None = Field(
-        10.0,
-        gt=1,
-        description="An update is refused if its norm, for its learning rate, is so many times above or below the recent median; "
-        "`null`: no check.",
-    )
-
-
-class Rounds(Section):
-    """How long a federation goes on, how many silos make a round, and what happens to late, missing and bad ones."""
-
-    total: Positive = Field(10, description="Rounds of the whole federation, over all runs.")
-    per_run: Positive | None = Field(None, description="Rounds one pipeline run works on; default: all that are left.")
-    quorum: Annotated[Quorum | None, BeforeValidator(_counted, json_schema_input_type=Positive | Quorum | None)] = Field(
-        None,
-        description="Silos that must deliver for a round to be committed, as a number or as `{count, weight}`; default: more than half.",
-    )
-    on_missing_quorum: Literal["fail", "skip"] = Field(
-        "fail", description="Below quorum: stop and leave the round open (exit code 3), or commit it as skipped with the previous global."
-    )
-    deadline: Duration | None = Field(
-        None, description="Time one silo has for its part of a round (`90s`, `30m`, `2h`), counted from the start of its task."
-    )
-    min_fraction: Share = Field(
-        0.5, description="Share of its steps that a silo must have done at the deadline for its update to count; else it is late."
-    )
-    stall: Duration | None = Field(
-        "15m", description="A silo's work that shows no sign of life for so long is stopped as hung; `null`: never."
-    )
-    checkpoint_every: Annotated[int, Field(ge=0)] = Field(
-        25, description="Steps between checkpoints of a local training in the silo's own storage; 0: none."
-    )
-    rollback: Rollback | None = Field(None, description="Leave a global behind that proves worse.")
-    guards: Guards = Field(default_factory=Guards, description="Checks on every commit.")
-    until: Until | None = Field(None, description="Stop early when converged.")
 
 
 class Evaluation(Section):
@@ -608,11 +440,6 @@ def _own_terms(silo: Silo) -> dict[str, Any]:
     """What a silo does otherwise than the others, as far as it is agreed on."""
     lora = silo.lora.model_dump(exclude_none=True)
     return {"training": silo.training.model_dump(exclude_none=True)} | ({"lora": lora} if lora else {})
-
-
-def seconds(duration: str | None) -> float | None:
-    """``90s``, ``30m``, ``2h`` in seconds."""
-    return None if duration is None else float(duration[:-1]) * SECONDS[duration[-1]]
 
 
 def canonical_json(value: Any) -> bytes:

@@ -20,7 +20,8 @@ import re
 from typing import Any
 
 from silotune.components.errors import FederationError
-from silotune.components.federation import Claim, Federation, Placement, SecretUse, Silo, canonical_json
+from silotune.components.federation import Federation, Silo, canonical_json
+from silotune.components.placement_terms import Claim, Placement, SecretUse
 from silotune.components.protocol import Turn
 
 FEDERATION_FILE = "/federation/federation.yaml"

@@ -8,8 +8,9 @@ from importlib.metadata import version
 from typing import Literal
 
 from silotune.components.errors import FederationError, QuorumError, SilotuneError, UnreachableError
-from silotune.components.federation import Agreement, Federation, Until
+from silotune.components.federation import Agreement, Federation
 from silotune.components.protocol import Commit, Evaluation, Participant, Plan, Turn, pooled
+from silotune.components.round_terms import Until
 from silotune.components.rounds import Rounds
 from silotune.components.strategies import Aggregation, Strategy
 

@@ -15,8 +15,9 @@ import hashlib
 from typing import Any
 
 from silotune.components import job_manifest
-from silotune.components.federation import Federation, Placement, Silo, canonical_json
+from silotune.components.federation import Federation, Silo, canonical_json
 from silotune.components.job_manifest import Manifest
+from silotune.components.placement_terms import Placement
 
 API = ("trainer.kubeflow.org", "v1alpha1", "trainjobs")  # group, version, plural
 RUNTIME = "silotune"

@@ -272,7 +272,7 @@ def compile(
 
     from kfp import compiler
 
-    from silotune.components.federation import Placement
+    from silotune.components.placement_terms import Placement
     from silotune.pipelines.federated_finetuning import federated_finetuning
 
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING
 
 from silotune.components import job_manifest
 from silotune.components.errors import FederationError
-from silotune.components.federation import WORK_VARIABLE, Claim, Federation, SecretUse, Silo, Toleration
+from silotune.components.federation import WORK_VARIABLE, Federation, Silo
 from silotune.components.jobs_api import KUBECONFIG_VARIABLE
 from silotune.components.keys import FOLDER_VARIABLE
 from silotune.components.launcher import LAUNCHER_VARIABLE
+from silotune.components.placement_terms import Claim, SecretUse, Toleration
 from silotune.components.recurrence import API_VARIABLE
 
 if TYPE_CHECKING:

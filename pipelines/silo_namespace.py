@@ -11,7 +11,8 @@ from typing import Any
 
 from silotune.components import job_manifest
 from silotune.components.errors import FederationError
-from silotune.components.federation import Federation, Silo, Toleration
+from silotune.components.federation import Federation, Silo
+from silotune.components.placement_terms import Toleration
 from silotune.pipelines import kfp_api
 from silotune.pipelines.findings import Finding, fail, ok, warn
 from silotune.pipelines.kubernetes_view import METADATA, Kubernetes, NoRight, reach

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from silotune.components.errors import FederationError
-from silotune.components.federation import Agreement, Federation, PublicKey, Quorum, canonical_json, json_schema, seconds
+from silotune.components.federation import Agreement, Federation, PublicKey, canonical_json, json_schema
+from silotune.components.round_terms import Quorum, seconds
 
 GOOD = """
 name: medquad

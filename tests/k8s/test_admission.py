@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from silotune.components import job_manifest, train_job
-from silotune.components.federation import Federation, Placement
+from silotune.components.federation import Federation
+from silotune.components.placement_terms import Placement
 
 sys.path.append(str(Path(__file__).parents[1] / "fakes"))
 from kubernetes_api import jobset_job, schema_error

@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from silotune.components.federation import Quorum
 from silotune.components.protocol import Evaluation, Report, UpdateManifest
+from silotune.components.round_terms import Quorum
 from silotune.pipelines import status as stand
 
 
