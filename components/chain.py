@@ -22,6 +22,7 @@ from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.object_store import ObjectMissing
 from silotune.components.protocol import Commit, Plan, UpdateManifest
 from silotune.components.rounds import CorruptObject, Rounds
+from silotune.components.secure_records import MaskedVector
 
 T = TypeVar("T")
 Sent = dict[tuple[int, str], list[str]]  # (round, silo) -> keys
@@ -178,16 +179,17 @@ def _sent(present: set[str]) -> Sent:
     found: Sent = {}
     for key in sorted(present):
         parts = key.split("/")
-        if parts[3] == "updates" and (number := _number(key)) is not None:
+        if (parts[3] == "updates" or parts[3:6:2] == ["secagg", "masked"]) and (number := _number(key)) is not None:
             found.setdefault((number, parts[-1].split(".", 1)[0]), []).append(key)
     return found
 
 
-def _manifest(rounds: Rounds, keys: list[str], digest: str) -> UpdateManifest | None:
-    """The manifest with this digest, among those under some keys."""
+def _manifest(rounds: Rounds, keys: list[str], digest: str) -> UpdateManifest | MaskedVector | None:
+    """The manifest with this digest, among those under some keys; of a masked vector where updates were summed securely."""
     for key in keys:
         with contextlib.suppress(RefusedError, ObjectMissing):
-            if (found := rounds.read(UpdateManifest, key)).digest == digest:
+            found = rounds.read(MaskedVector, key) if "/secagg/" in key else rounds.read(UpdateManifest, key)
+            if found.digest == digest:
                 return found
     return None
 

@@ -57,6 +57,7 @@ from silotune.components.jobs_api import NOT_AUTHENTICATED, Exists, JobsApi, Try
 from silotune.components.progress import tell
 from silotune.components.protocol import Turn
 from silotune.components.rounds import Rounds
+from silotune.components.secure_records import has_trained
 from silotune.components.silo_job import PAST_DEADLINE, status_text
 
 PATIENCE = 600.0  # seconds without an answer, or of one that says try again, before the launcher gives up
@@ -83,7 +84,7 @@ def run(
     """Have a silo's cluster do the work of one box, and return its status; a Job of the same work that is there already is followed.
 
     Args:
-        box: ``preprocess``, ``train`` or ``evaluate``.
+        box: ``preprocess``, ``train``, ``share``, ``mask``, ``unmask`` or ``evaluate``.
         turn_text: as the box gets it; empty for preprocess.
         kubeconfig: file for the silo's cluster; default: the one that SILOTUNE_KUBECONFIG names, else the cluster this pod runs in.
         watch: seconds that one watch lasts.
@@ -126,7 +127,7 @@ def _by_store(federation: Federation, silo_id: str, turn: Turn) -> End | None:
     """What the store says of a training; None where it says nothing, or cannot be asked."""
     try:
         rounds = Rounds.of(federation)
-        if rounds.update(turn.round, silo_id) is not None:
+        if has_trained(rounds, turn, silo_id):
             return End("ok")
         report = rounds.reports(turn.round, turn.attempt).get(silo_id)
     except (SilotuneError, OSError):

@@ -133,7 +133,9 @@ def job_of(federation: Federation, silo_id: str, box: str, turn_text: str = "", 
 
 
 def share(p: Placement, box: str) -> tuple[int, int]:
-    """(GPUs per pod, pods) of a box: one process on one GPU does all but training."""
+    """(GPUs per pod, pods) of a box: one process on one GPU does all but training, and no GPU is of use to a secure sum."""
+    if box in ("share", "mask", "unmask"):
+        return 0, 1
     return (p.gpus, p.nodes) if box == "train" else (min(p.gpus, 1), 1)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Literal
 
+from silotune.components import secure_records
 from silotune.components.errors import FederationError, QuorumError, SilotuneError, UnreachableError
 from silotune.components.federation import Agreement, Federation
 from silotune.components.protocol import Commit, Evaluation, Participant, Plan, Turn, pooled
@@ -76,7 +77,8 @@ def open_next(federation: Federation, rounds: Rounds, latest: Commit, agreement:
         return Turn(done=f"all {federation.rounds.total} rounds are committed")
     plan = rounds.plan(latest.round + 1)
     if plan is not None and plan.agreement != agreement.digest:
-        latest = rounds.write_commit(without_result("amended", federation, latest, plan, agreement, 0, {}))
+        spent = secure_records.spent(rounds, plan)
+        latest = rounds.write_commit(without_result("amended", federation, latest, plan, agreement, 0, {}, spent))
         plan = rounds.plan(latest.round + 1)
     if plan is None:
         plan = rounds.open_round(_plan(federation, rounds, latest, agreement, done))
@@ -138,7 +140,7 @@ def cursors_after(rounds: Rounds) -> dict[str, int]:
     """Where each silo's data stream stands after all committed rounds."""
     cursors: dict[str, int] = {}
     for commit in rounds.commits():  # also those of a global that was left behind: the next one is made from other examples
-        cursors.update({silo: c.cursor for silo, c in commit.contributions.items()})
+        cursors.update({silo: c.cursor for silo, c in commit.contributions.items()} | commit.spent)
     return cursors
 
 
@@ -156,13 +158,17 @@ def schema_object(rounds: Rounds, latest: Commit) -> str:
 
 def without_result(
     outcome: Literal["amended", "skipped"], federation: Federation, latest: Commit, plan: Plan, agreement: Agreement, attempt: int,
-    missing: dict[str, str],
+    missing: dict[str, str], spent: dict[str, int] | None = None,
 ) -> Commit:  # fmt: skip
-    """A commit that closes a round and leaves the global as it was."""
+    """A commit that closes a round and leaves the global as it was.
+
+    Args:
+        spent: `secure_records.spent` of the round.
+    """
     return Commit(
         round=plan.round, outcome=outcome, custody=federation.custody, agreement=agreement.digest, plan=plan.digest, attempt=attempt,
         contributions={}, missing=missing, previous=latest.digest, incoming=latest.outgoing, outgoing=latest.outgoing, best=latest.best,
-        learning_rate=plan.learning_rate, server_state=latest.server_state, started=time.time(), at=time.time(),
+        learning_rate=plan.learning_rate, server_state=latest.server_state, spent=spent or {}, started=time.time(), at=time.time(),
     )  # fmt: skip
 
 

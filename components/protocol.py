@@ -183,7 +183,7 @@ class Contribution(Section):
     tokens: int
     steps: int
     cursor: int
-    norm: float
+    norm: float | None = Field(description="L2 norm of the update; null where nobody has seen it alone.")
     score: float | None = Field(None, description="What a robust rule judged it by.")
     told: str = Field("", description="Why it was left out or scaled down.")
 
@@ -218,6 +218,10 @@ class Commit(Record):
     learning_rate: float = Field(0.0, description="Peak rate that the updates were trained with.")
     guards: dict[str, float] = Field(default_factory=dict, description="What was checked before it was written, with the values found.")
     server_state: dict[str, str] = Field(default_factory=dict, description="What aggregation carries on: name -> digest of the object.")
+    spent: dict[str, int] = Field(
+        default_factory=dict,
+        description="Data cursors of silos whose part was in a secure sum that came to nothing: they go on from there.",
+    )
     spectrum: Spectrum | None = Field(None, description="Of the mean of LoRA's products, where the strategy makes it.")
     converged: bool = False
     bytes_up: int = 0

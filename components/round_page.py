@@ -103,7 +103,8 @@ def text_of(federation: Federation, commit: Commit, scores: dict[str, Evaluation
 def _row(commit: Commit, silo: str, score: Evaluation | None) -> str:
     loss = f"{score.loss:.4f}" if score else ""
     if c := commit.contributions.get(silo):
-        return f"| {silo} | ok | {c.examples:,} | {c.tokens:,} | {c.norm:.4g} | {loss} |"
+        norm = "not seen" if c.norm is None else f"{c.norm:.4g}"
+        return f"| {silo} | ok | {c.examples:,} | {c.tokens:,} | {norm} | {loss} |"
     return f"| {silo} | {_plain(commit.missing.get(silo, 'not asked'))} | | | | {loss} |"
 
 

@@ -16,7 +16,7 @@ import fcntl
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from silotune.components import child, ending
@@ -55,6 +55,15 @@ def parse_status(text: str) -> tuple[str, Status, str]:
     return match[1], match[2], match[3] or ""  # type: ignore[return-value]
 
 
+def first_troubles(statuses: Iterable[str]) -> dict[str, str]:
+    """By silo, the first of its statuses that is not ok, as ``failed: <reason>``: what comes after follows from it."""
+    found: dict[str, str] = {}
+    for silo, status, reason in map(parse_status, statuses):
+        if status != "ok":
+            found.setdefault(silo, f"{status}: {reason}" if reason else status)
+    return found
+
+
 def supervise(
     box: str, federation_file: str, silo_id: str, *arguments: str, turn: Turn | None = None, until: float | None = None
 ) -> str:  # fmt: skip
@@ -62,7 +71,7 @@ def supervise(
     ``rounds.stall``.
 
     Args:
-        box: ``preprocess``, ``train`` or ``evaluate``.
+        box: ``preprocess``, ``train``, ``share``, ``mask``, ``unmask`` or ``evaluate``.
         turn: the attempt to report a failure to, where a round is open.
         until: Unix time in seconds at which the time for this work is over, where some of it may have gone by in waiting for a machine. It
             shortens the deadline and never lengthens it, so that a clock that is behind gives nobody more time; once it is past, the work

@@ -113,7 +113,8 @@ def _costs(commit: Commit) -> Iterator[tuple[str, float]]:
         yield "round/participants", len(commit.contributions)
         for silo, contribution in commit.contributions.items():
             yield f"silo/{silo}/tokens", contribution.tokens
-            yield f"silo/{silo}/update_norm", contribution.norm
+            if contribution.norm is not None:
+                yield f"silo/{silo}/update_norm", contribution.norm
 
 
 def _validation(rounds: Rounds, commit: Commit) -> Iterator[tuple[str, float]]:

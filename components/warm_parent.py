@@ -51,7 +51,10 @@ PACKAGES = (
     "peft",
     "mlflow.tracking",
     "mlflow.store.tracking.sqlalchemy_store",
-    *(f"silotune.components.{box}.step" for box in ("initialize", "train", "combine", "aggregate", "evaluate", "export")),
+    *(
+        f"silotune.components.{box}.step"
+        for box in ("initialize", "train", "share", "mask", "unmask", "muster", "combine", "aggregate", "evaluate", "export")
+    ),
     *(f"silotune.components.learning.{noun}" for noun in ("batches", "training", "evaluation", "update")),
 )
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux

@@ -1,5 +1,8 @@
 """The DAG: preprocess in every silo, initialize, then rounds of {train in every silo, aggregate}, evaluate in every silo, export.
 
+With ``privacy.secure_aggregation``, train keeps its update in the silo, and share, mask and unmask bring the sum of all: before each of these
+three a muster task fixes which silos go on, by what they have put into the store.
+
 Where silos are more than ``aggregation.fan_in`` and their updates can be summed in groups, each round has a combine task per group between train
 and aggregate. Everything is unrolled when it is compiled, over silos and over the rounds of one run. Tasks hand each other short texts only: statuses of
 silos, and the *turn*, which says which round is open. A round whose work is done already, by an earlier run or because the federation has
@@ -19,12 +22,17 @@ from silotune.components.export.component import export
 from silotune.components.federation import Federation
 from silotune.components.federation_file import COORDINATOR
 from silotune.components.initialize.component import initialize
+from silotune.components.mask.component import mask
+from silotune.components.muster.component import muster
 from silotune.components.preprocess.component import preprocess
+from silotune.components.share.component import share
 from silotune.components.train.component import train
+from silotune.components.unmask.component import unmask
 from silotune.pipelines.container_plan import PARTY_VARIABLE, Images
 from silotune.pipelines.placement import place, place_coordinator
 
 MOST_TRAININGS = 200  # silos x rounds that fit into one workflow object (Argo: 1.5 MB)
+SECURE_TASKS = 4  # of a silo in a round of secure aggregation: train, share, mask, unmask
 
 
 def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = False, images: Images | None = None) -> Any:
@@ -41,10 +49,13 @@ def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = 
     """
     silos = federation.silo_ids
     groups = federation.aggregation.groups(silos)
-    if len(silos) * rounds > MOST_TRAININGS:
+    secure = federation.privacy.secure_aggregation is not None
+    tasks = SECURE_TASKS if secure else 1
+    if len(silos) * rounds * tasks > MOST_TRAININGS:
+        what = "silos' tasks with secure aggregation" if secure else "trainings"
         raise FederationError(
-            f"rounds.per_run: {len(silos)} silos × {rounds} rounds are {len(silos) * rounds} trainings, one run holds {MOST_TRAININGS}; "
-            f"set per_run to at most {max(1, MOST_TRAININGS // len(silos))} and run again for the rest"
+            f"rounds.per_run: {len(silos)} silos × {rounds} rounds are {len(silos) * rounds * tasks} {what}, one run holds {MOST_TRAININGS}; "
+            f"set per_run to at most {max(1, MOST_TRAININGS // (tasks * len(silos)))} and run again for the rest"
         )
 
     def of_silo(component: Any, silo: str, **arguments: Any) -> Any:
@@ -69,7 +80,11 @@ def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = 
             of_coordinator(combine, n, federation=federation, turn=turn, group=n, statuses=_outputs([trained[s] for s in group]))
             for n, group in ((str(i), group) for i, group in enumerate(groups, 1))
         ]
-        aggregated = of_coordinator(aggregate, federation=federation, turn=turn, statuses=_outputs(list(trained.values())))
+        done = list(trained.values())
+        for stage in (share, mask, unmask) if secure else ():
+            going = of_coordinator(muster, stage.name, federation=federation, turn=turn, stage=stage.name, statuses=_outputs(done)).output
+            done += [of_silo(stage, s, federation=federation, turn=going) for s in silos]
+        aggregated = of_coordinator(aggregate, federation=federation, turn=turn, statuses=_outputs(done))
         return aggregated.after(*combined).outputs["Output"]
 
     @dsl.pipeline(name=f"silotune-{federation.name}", description=f"Federated fine-tuning of {federation.name}.")

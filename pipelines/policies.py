@@ -42,11 +42,14 @@ def silo_policy(federation: Federation, silo_id: str, *, tls_only: bool = False,
     """
     silo = federation.silo(silo_id).id
     files = [f"contributions/{silo}/*"]
+    secure = federation.privacy.secure_aggregation is not None
+    sums, masks = f"{ROUND}/secagg", ("keys", "shares", "masked", "openings")
     own = [
         f"{ROUND}/updates/{silo}.json",
         f"{ROUND}/updates/{silo}.*.json",
         f"{ROUND}/reports/*/{silo}.json",
         f"evaluations/{DIGEST}/{silo}/*",
+        *([f"{sums}/*/{folder}/{silo}.json" for folder in masks] if secure else []),
         *files,
     ]
     given = [
@@ -57,6 +60,7 @@ def silo_policy(federation: Federation, silo_id: str, *, tls_only: bool = False,
         f"{ROUND}/attempts/*",
         f"{ROUND}/refusals/{silo}.json",
         f"{ROUND}/refusals/{silo}.*.json",
+        *([f"{sums}/survivors.json", *(f"{sums}/*/{folder}/*" for folder in ("rosters", "keys", "shares"))] if secure else []),
     ]
     place = _Place(federation)
     return _policy(
@@ -90,6 +94,7 @@ def coordinator_policy(federation: Federation, *, tls_only: bool = False, kms_ke
         f"{ROUND}/attempts/*",
         f"{ROUND}/refusals/*",
         f"{ROUND}/partials/*",
+        *([f"{ROUND}/secagg/survivors.json", f"{ROUND}/secagg/*/rosters/*"] if federation.privacy.secure_aggregation else []),
         "audit/*",
         "tracking.json",
     ]

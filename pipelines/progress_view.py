@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 INTERVAL = 0.25  # seconds between looks
 # After these the store has something new: a commit, or the evaluations that complete the last round.
 LOOKS = {("initialize", "ended"), ("aggregate", "ended"), ("export", "started")}
+SECURE = ("share", "mask", "unmask")  # boxes of a silo in a round of secure aggregation
 SHOWN = 8  # finished rounds, and warnings, that the live view shows
 
 
@@ -52,9 +53,9 @@ class Current:
 
 
 class Course:
-    """A run of ``slots`` rounds over ``silos``, whose updates are summed in ``groups`` if there are any, told event by event."""
+    """A run of ``slots`` rounds over ``silos``, whose updates are summed in ``groups`` if there are any, or securely, told event by event."""
 
-    def __init__(self, silos: list[str], slots: int, groups: int = 0) -> None:
+    def __init__(self, silos: list[str], slots: int, groups: int = 0, *, secure: bool = False) -> None:
         self.current: Current | None = None
         self.turn = Turn()
         self.first = 0  # round that the run's first slot works on
@@ -63,7 +64,9 @@ class Course:
         self.begun = 0  # boxes
         self._costs: dict[tuple[str, str], float] = {}  # seconds of a (box, silo), to the start of the next one
         self._todo = Counter([(box, s) for box in ("preprocess", "evaluate") for s in silos])
-        self._todo += Counter({("train", s): slots for s in silos} if slots else {})
+        of_silos = ("train", *SECURE) if secure else ("train",)
+        self._todo += Counter({(box, s): slots for box in of_silos for s in silos} if slots else {})
+        self._todo += Counter({("muster", ""): slots * len(SECURE)} if secure and slots else {})
         self._todo += Counter({("initialize", ""): 1, ("combine", ""): slots * groups, ("aggregate", ""): slots, ("export", ""): 1})
 
     def take(self, event: dict[str, Any]) -> str:
@@ -96,7 +99,7 @@ class Course:
         self.first = self.first or turn.round
         if turn.done:
             for key in self._todo:
-                if key[0] in ("train", "combine", "aggregate"):
+                if key[0] in ("train", "muster", *SECURE, "combine", "aggregate"):
                     self._todo[key] = 0
 
     def _trouble(self, silo: str, text: str) -> str:
@@ -150,7 +153,8 @@ class View:
 
     def __init__(self, federation: Federation, rounds: Rounds, slots: int) -> None:
         self.federation, self.rounds = federation, rounds
-        self.course = Course(federation.silo_ids, slots, len(federation.aggregation.groups(federation.silo_ids)))
+        secure = federation.privacy.secure_aggregation is not None
+        self.course = Course(federation.silo_ids, slots, len(federation.aggregation.groups(federation.silo_ids)), secure=secure)
         self.done: dict[int, RoundStatus] = {}  # rounds committed while we watched, and the one before them
         self.began = time.time()
         self._homes = {s.id: Path(s.storage) / federation.name for s in federation.silos}

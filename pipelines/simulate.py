@@ -36,12 +36,16 @@ from silotune.components.learning.evaluation import Score, chosen
 from silotune.components.learning.evaluation import evaluate as score
 from silotune.components.learning.records import read_records
 from silotune.components.learning.tensor_file import open_tensor_file
+from silotune.components.mask import step as mask
+from silotune.components.muster import step as muster
 from silotune.components.preprocess import step as preprocess
 from silotune.components.progress import tell
 from silotune.components.protocol import Commit, Turn, pooled
 from silotune.components.rounds import Rounds
+from silotune.components.share import step as share
 from silotune.components.silo_job import silo_home, status_text
 from silotune.components.train import step as train
+from silotune.components.unmask import step as unmask
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Simulation:
                 trained = [self._attempt(train, silo, turn.text) for silo in self.federation.silo_ids]
                 for number, _ in enumerate(self.federation.aggregation.groups(self.federation.silo_ids), 1):
                     self._combine(turn.text, str(number))
+                if self.federation.privacy.secure_aggregation is not None:
+                    trained += self._sum_securely(turn.text, trained)
                 following = self._coordinate(aggregate, turn.text, *trained)
                 yield self._result(turn.round)
             turn = Turn.parse(following)
@@ -179,6 +185,15 @@ class Simulation:
             if self.details:
                 error.args = ("\n".join([str(error), *(f"  {silo}: {detail}" for silo, detail in self.details.items())]),)
             raise
+
+    def _sum_securely(self, turn: str, statuses: list[str]) -> list[str]:
+        """Share, mask and unmask; returns the silos' statuses."""
+        found: list[str] = []
+        for stage, step in (("share", share), ("mask", mask), ("unmask", unmask)):
+            going = self._coordinate(muster, turn, stage, *statuses, *found)
+            if not Turn.parse(going).done:
+                found += [self._attempt(step, silo, going) for silo in self.federation.silo_ids]
+        return found
 
     def _combine(self, turn: str, group: str) -> None:
         """Where it fails, aggregate does the work, here as in the pipeline."""

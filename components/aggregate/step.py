@@ -12,15 +12,17 @@ import math
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from silotune.components import audit, child, opening, tracking
+from silotune.components import audit, child, opening, secure_records, secure_terms, tracking
 from silotune.components.aggregate import carried, groups
 from silotune.components.aggregate.delivery import expectation, fetch_whole, open_delivery, silo_of
 from silotune.components.aggregate.intake import Intake
+from silotune.components.aggregate.secure import secure_sum
 from silotune.components.errors import QuorumError, RefusedError, SilotuneError
 from silotune.components.federation import Agreement, Federation
-from silotune.components.learning.aggregation.combination import OUTGOING, Combined, combine, summands
+from silotune.components.learning.aggregation.combination import OUTGOING, Combined, Round, combine, combine_sum, summands
 from silotune.components.learning.aggregation.guards import norm_outliers
 from silotune.components.learning.aggregation.summation import SumDamaged
 from silotune.components.learning.aggregation.tree import Stored
@@ -30,7 +32,8 @@ from silotune.components.object_store import ObjectMissing
 from silotune.components.progress import tell
 from silotune.components.protocol import Commit, Contribution, Plan, Turn, UpdateManifest
 from silotune.components.rounds import CorruptObject, Rounds, file_digest
-from silotune.components.silo_job import parse_status
+from silotune.components.secure_records import SecureRound
+from silotune.components.silo_job import first_troubles, parse_status
 
 RECENT = 5  # rounds whose norms say what is usual
 
@@ -105,13 +108,15 @@ def _rolled_back(federation: Federation, rounds: Rounds, latest: Commit, plan: P
     return Commit(
         round=turn.round, outcome="rolled-back", custody=federation.custody, agreement=plan.agreement, plan=plan.digest, attempt=turn.attempt,
         contributions={}, missing={}, previous=latest.digest, incoming=plan.incoming, outgoing=good.outgoing, back_to=good.round,
-        best=good.round, learning_rate=plan.learning_rate, server_state=good.server_state, started=_started(rounds, turn), at=time.time(),
+        best=good.round, learning_rate=plan.learning_rate, server_state=good.server_state, spent=secure_records.spent(rounds, plan), started=_started(rounds, turn), at=time.time(),
     )  # fmt: skip
 
 
 def _aggregated(
     federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, agreement: Agreement, turn: Turn, statuses: tuple[str, ...]
 ) -> Commit:
+    if agreement.privacy.secure_aggregation is not None:
+        return _summed_securely(federation, rounds, latest, plan, agreement, turn, statuses)
     manifests, disbelieved = rounds.updates(turn.round)
     for silo, why in disbelieved.items():
         tell("aggregate", "warned", silo, detail=why)
@@ -167,6 +172,53 @@ def _aggregated(
         )
         for silo, u in accepted.items()
     }  # fmt: skip
+    return _commit(federation, rounds, latest, plan, turn, Result(made, contributions, missing, outgoing, server_state))
+
+
+def _summed_securely(
+    federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, agreement: Agreement, turn: Turn, statuses: tuple[str, ...]
+) -> Commit:
+    """The same of a round whose updates nobody has seen: of the sum that their silos have opened."""
+    survivors = SecureRound.of(rounds, turn, plan.digest).survivors()
+    if survivors is None:
+        troubles = _absent(rounds, plan, {}, turn, statuses) | first_troubles(statuses)
+        missing = {silo: "failed: the secure sum had too few silos" if why.startswith("ok") else why for silo, why in troubles.items()}
+        if federation.rounds.on_missing_quorum == "skip":
+            tell("aggregate", "warned", detail=f"round {turn.round} is skipped: too few silos for a secure sum")
+            return opening.without_result("skipped", federation, latest, plan, agreement, turn.attempt, missing)
+        rule = f"{secure_terms.least(agreement)} silos must mask their updates for a secure sum"
+        raise QuorumError("\n".join([f"round {turn.round} stays open: {rule}, and the quorum must be met:", *opening.told(missing)]))
+    federation.work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=federation.work) as folder:
+        incoming = fetch_global(rounds, latest, Path(folder) / "incoming.safetensors")
+        given = carried.round_of(rounds, latest, plan, agreement, open_tensor_file(incoming), Path(folder))
+        try:
+            opened = secure_sum(rounds, plan, agreement, survivors, Path(folder))
+        except QuorumError as error:
+            if federation.rounds.on_missing_quorum != "skip":
+                raise
+            tell("aggregate", "warned", detail=f"round {turn.round} is skipped: {error}")
+            spent = secure_records.spent(rounds, plan)
+            return opening.without_result("skipped", federation, latest, plan, agreement, turn.attempt, survivors.missing, spent)
+        made = combine_sum(given, opened.path, opened.weights, Path(folder))
+        outgoing = rounds.put_object(Path(folder) / OUTGOING)
+        server_state = carried.put(rounds, made)
+    contributions = opened.contributions(plan, agreement)
+    return _commit(federation, rounds, latest, plan, turn, Result(made, contributions, survivors.missing, outgoing, server_state))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a round has come to."""
+
+    made: Combined
+    contributions: dict[str, Contribution]
+    missing: dict[str, str]
+    outgoing: str
+    server_state: dict[str, str]
+
+
+def _commit(federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, turn: Turn, result: Result) -> Commit:
     scores = opening.judged(rounds)
     until = federation.rounds.until
     best = opening.best_of(scores)
@@ -177,19 +229,19 @@ def _aggregated(
         agreement=plan.agreement,
         plan=plan.digest,
         attempt=turn.attempt,
-        contributions=contributions,
-        missing=missing,
+        contributions=result.contributions,
+        missing=result.missing,
         previous=latest.digest,
         incoming=plan.incoming,
-        outgoing=outgoing,
+        outgoing=result.outgoing,
         best=latest.round if best is None else best,
         learning_rate=plan.learning_rate,
-        guards=_guards(plan, outgoing, contributions, made),
-        server_state=server_state,
-        spectrum=carried.spectrum_of(made),
+        guards=_guards(plan, result.outgoing, result.contributions, result.made),
+        server_state=result.server_state,
+        spectrum=carried.spectrum_of(result.made),
         converged=bool(until and opening.has_converged(scores, until)),
-        bytes_up=sum(c.bytes for c in contributions.values()),
-        bytes_down=len(contributions) * rounds.object_size(plan.incoming),
+        bytes_up=sum(c.bytes for c in result.contributions.values()),
+        bytes_down=len(result.contributions) * rounds.object_size(plan.incoming),
         started=_started(rounds, turn),
         at=time.time(),
     )
@@ -218,7 +270,7 @@ def _norm_outliers(federation: Federation, rounds: Rounds, latest: Commit, plan:
     if band is None:
         return {}
     recent = [rounds.commit(r) for r in range(max(1, latest.round - RECENT + 1), latest.round + 1)]
-    usual = [c.norm / commit.learning_rate for commit in recent for c in commit.contributions.values()]
+    usual = [c.norm / commit.learning_rate for commit in recent for c in commit.contributions.values() if c.norm is not None]
     return norm_outliers({silo: u.header.norm / plan.learning_rate for silo, u in accepted.items()}, usual, band)
 
 
@@ -243,9 +295,7 @@ def _guards(plan: Plan, outgoing: str, contributions: dict[str, Contribution], m
         "weight": weight,
         "examples": float(sum(c.examples for c in contributions.values())),
         "change": made.change,
-        "least norm": min(made.norms.values()),
-        "greatest norm": max(made.norms.values()),
-    }
+    } | ({"least norm": min(made.norms.values()), "greatest norm": max(made.norms.values())} if made.norms else {})
 
 
 def fetch_global(rounds: Rounds, commit: Commit, path: Path) -> Path:
@@ -279,6 +329,9 @@ def rebuild(rounds: Rounds, commit: Commit, path: Path) -> None:
         folder = Path(name)
         incoming = fetch_global(rounds, before, folder / "incoming.safetensors")
         given = carried.round_of(rounds, before, plan, agreement, open_tensor_file(incoming), folder)
+        if agreement.privacy.secure_aggregation is not None:
+            _rebuild_securely(rounds, plan, agreement, given, folder, path, lost)
+            return _put_back(rounds, commit, path, lost)
         updates: dict[str, Update] = {}
         silo, failed = "", None  # what was found late, and of whose update
         try:
@@ -298,6 +351,23 @@ def rebuild(rounds: Rounds, commit: Commit, path: Path) -> None:
         except (RefusedError, ObjectMissing) as error:
             rule = f"{lost}, and so is the update of {silo}: {error}; restore one from a backup"
             raise RefusedError(rule, "object corrupt") from None
+    _put_back(rounds, commit, path, lost)
+
+
+def _rebuild_securely(rounds: Rounds, plan: Plan, agreement: Agreement, given: Round, folder: Path, path: Path, lost: str) -> None:
+    """From the masked vectors and what has opened their sum, as far as they are still stored."""
+    try:
+        survivors = SecureRound(rounds, plan.round, 1, plan.digest).survivors()
+        if survivors is None:
+            raise RefusedError("its survivors are not stored")
+        opened = secure_sum(rounds, plan, agreement, survivors, folder)
+        combine_sum(given, opened.path, opened.weights, folder)
+    except (QuorumError, RefusedError, ObjectMissing) as error:
+        raise RefusedError(f"{lost}, and so is its secure sum: {error}; restore one from a backup", "object corrupt") from None
+    (folder / OUTGOING).replace(path)
+
+
+def _put_back(rounds: Rounds, commit: Commit, path: Path, lost: str) -> None:
     if (got := file_digest(path)) != commit.outgoing:
         raise RefusedError(f"{lost}; made again it has the digest {got[:12]}…; restore it from a backup", "object corrupt")
     rounds.store.delete(rounds.object_key(commit.outgoing))  # what is there, is not written

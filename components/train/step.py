@@ -27,6 +27,8 @@ from silotune.components.nodes import LOOK, Layout, NodeLost, Table, raised
 from silotune.components.progress import Pulse, beat, beating
 from silotune.components.protocol import Evaluation, Plan, Report, Split, Turn, UpdateManifest
 from silotune.components.rounds import Rounds
+from silotune.components.secure_records import has_trained
+from silotune.components.secure_silo import UPDATE, SiloPart
 from silotune.components.silo_job import one_at_a_time, silo_home, status_text
 from silotune.components.train import workers
 from silotune.components.train.memory import own_sum
@@ -68,13 +70,23 @@ def work(federation_file: str, silo_id: str, turn_text: str) -> str:
             raise RefusedError(f"silo {silo_id!r}: round {turn.round} does not ask it; wait for a plan that does", "not a participant")
         if why := rounds.attempt(turn.round, turn.attempt).missing.get(silo_id):
             raise RefusedError(f"silo {silo_id!r}: was not ready when this attempt began; run again once it is", why)
-        if rounds.update(turn.round, silo_id) is not None:  # delivered already, by an earlier attempt or another run
+        if has_trained(rounds, turn, silo_id):  # by an earlier attempt or another run
             return status_text(silo_id, "ok")
-        manifest = _send_again(rounds, plan, silo_id, home) or _train(federation, rounds, plan, silo_id, home, pulse, layout, table)
-        if isinstance(manifest, str):
-            rounds.write_report(Report(round=turn.round, attempt=turn.attempt, silo=silo_id, status="late", reason=manifest))
-            return status_text(silo_id, "late", manifest)
-        rounds.write_report(_report(turn, rounds.write_update(manifest), time.monotonic() - began, rounds.object_size(plan.incoming)))
+        secure = rounds.agreement(plan.agreement).privacy.secure_aggregation is not None
+        part = SiloPart.of(federation, rounds, plan, turn, silo_id, home) if secure else None
+        kept = part.kept() if part else _to_send_again(rounds, plan, silo_id, home)
+        header = kept or _train(federation, rounds, plan, silo_id, home, pulse, layout, table)
+        if isinstance(header, str):
+            rounds.write_report(Report(round=turn.round, attempt=turn.attempt, silo=silo_id, status="late", reason=header))
+            return status_text(silo_id, "late", header)
+        took, down = time.monotonic() - began, rounds.object_size(plan.incoming)
+        if part:  # the update stays here, for the mask box
+            part.advertise()
+            numbers = {"seconds": took, "bytes_down": float(down)}
+            rounds.write_report(Report(round=turn.round, attempt=turn.attempt, silo=silo_id, status="ok", numbers=numbers))
+        else:
+            manifest = rounds.write_update(_manifest(rounds, plan, header, home / UPDATE))
+            rounds.write_report(_report(turn, manifest, took, down))
         (home / CHECKPOINT).unlink(missing_ok=True)
     return status_text(silo_id, "ok")
 
@@ -109,7 +121,7 @@ def _join(federation: Federation, rounds: Rounds, layout: Layout, turn: Turn, si
 
     def ended() -> str:
         """The status where the first machine has ended already, as the store tells; what is left of an earlier try is no word of this one's."""
-        if rounds.update(turn.round, silo_id) is not None:
+        if has_trained(rounds, turn, silo_id):
             return status_text(silo_id, "ok")
         report = rounds.reports(turn.round, turn.attempt).get(silo_id) if time.monotonic() - began > OLD else None
         return status_text(silo_id, report.status, report.reason) if report else ""
@@ -142,23 +154,23 @@ def _join(federation: Federation, rounds: Rounds, layout: Layout, turn: Turn, si
     return status_text(silo_id, "ok")
 
 
-def _send_again(rounds: Rounds, plan: Plan, silo_id: str, home: Path) -> UpdateManifest | None:
-    """The update that was made for this plan, sent once more, where the aggregator found its bytes damaged; else None."""
+def _to_send_again(rounds: Rounds, plan: Plan, silo_id: str, home: Path) -> Header | None:
+    """Of the update that was made for this plan and is to be sent once more, where the aggregator found its bytes damaged; else None."""
     refusal = rounds.refusal(plan.round, silo_id)
-    path = home / "update.safetensors"
+    path = home / UPDATE
     if refusal is None or not refusal.resend or not path.exists():
         return None
     with suppress(MalformedFile):
         header = read_header(path)
         if header.plan == plan.digest:
-            return _manifest(rounds, plan, header, path)
+            return header
     return None
 
 
 def _train(
     federation: Federation, rounds: Rounds, plan: Plan, silo_id: str, home: Path, pulse: Pulse, layout: Layout, table: Table | None
-) -> UpdateManifest | str:
-    """The manifest of a new update, or how far the silo came where it is late."""
+) -> Header | str:
+    """The header of a new update in the silo's folder, or how far the silo came where it is late."""
     from silotune.components.learning import model as models
     from silotune.components.learning.batches import seed_of
     from silotune.components.learning.training import NonFiniteLoss
@@ -209,9 +221,8 @@ def _train(
         incoming=plan.incoming, examples=trained.examples, tokens=trained.tokens, steps=trained.steps, cursor=trained.cursor,
         loss=trained.loss, norm=0.0, codec=Codec(name=agreement.communication.codec), tensors={},
     )  # fmt: skip
-    path = home / "update.safetensors"
     sign = (lambda message: rounds.sign(silo_id, plan.round, message)) if agreement.custody != "none" else None
-    return _manifest(rounds, plan, write_update(path, header, delta, sign), path)
+    return write_update(home / UPDATE, header, delta, sign)
 
 
 def _write_control(rounds: Rounds, plan: Plan, agreement: Agreement, silo_id: str, home: Path) -> None:

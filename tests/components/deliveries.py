@@ -33,13 +33,14 @@ class Deliveries:
     """A federation with round 1 open."""
 
     def __init__(
-        self, folder: Path, silos: tuple[str, ...] = SILOS, shapes: dict[str, tuple[int, ...]] | None = None, **sections: Any
-    ) -> None:
+        self, folder: Path, silos: tuple[str, ...] = SILOS, shapes: dict[str, tuple[int, ...]] | None = None,
+        own: dict[str, dict[str, Any]] | None = None, **sections: Any,
+    ) -> None:  # fmt: skip
         self.folder, self.shapes = folder, shapes or SHAPES
         folder.mkdir(parents=True, exist_ok=True)
         self.file = folder / "f.yaml"
         terms = {
-            "name": "fed", "model": {"base": "./base", "method": "full"}, "silos": [{"id": s, "train": f"./{s}.jsonl"} for s in silos],
+            "name": "fed", "model": {"base": "./base", "method": "full"}, "silos": [{"id": s, "train": f"./{s}.jsonl"} | (own or {}).get(s, {}) for s in silos],
             "rounds": {"total": 9, "quorum": 1}, "training": {"steps": STEPS, "batch_size": BATCH}, "tracking": {"uri": "none"},
         }  # fmt: skip
         self.file.write_text(yaml.safe_dump(terms | sections))

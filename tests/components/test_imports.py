@@ -17,7 +17,9 @@ def imported(code: str) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.split("\n")[-2].split())
 
 
-@pytest.mark.parametrize("box", ["preprocess", "initialize", "train", "combine", "aggregate", "evaluate", "export"])
+@pytest.mark.parametrize(
+    "box", ["preprocess", "initialize", "train", "share", "mask", "unmask", "muster", "combine", "aggregate", "evaluate", "export"]
+)
 def test_a_box_that_has_nothing_to_do_costs_no_import(box: str) -> None:
     assert imported(f"import silotune.components.{box}.step, silotune.components.{box}.component") == set()
 

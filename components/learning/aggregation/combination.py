@@ -120,6 +120,20 @@ def combine(given: Round, updates: Mapping[str, Update], folder: Path, stored: S
     )  # fmt: skip
 
 
+def combine_sum(given: Round, path: Path, weights: Mapping[str, float], folder: Path) -> Combined:
+    """As `combine`, of a weighted sum that was made elsewhere, of updates that nobody here has seen.
+
+    Args:
+        path: tensor file, float32.
+        weights: of the silos that are in it, by which they were multiplied.
+    """
+    out, total = folder / OUTGOING, math.fsum(weights.values())
+    optimizer, state, files = _server(given, len(weights), out)
+    term = Term(open_tensor_file(path), 1.0)
+    change = finish(given.incoming, [term], total, len(weights), out, optimizer, state, given.terms.fan_in, lambda: None)
+    return Combined({silo: weight / total for silo, weight in weights.items()}, {}, change, files=files)
+
+
 def _counts(terms: Aggregation, updates: Mapping[str, Update]) -> dict[str, float]:
     return weigh(updates, "uniform" if terms.traits.server == "dynamic" else terms.weights)
 

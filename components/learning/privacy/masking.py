@@ -19,6 +19,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from silotune.components.learning.privacy.agreed_keys import derived_key, shared_key
+
 BLOCK = 1 << 18  # numbers masked at a time
 KEY_BYTES = 32
 _ZEROS = bytes(BLOCK * 8)
@@ -64,6 +66,25 @@ def masked(blocks: Iterable[np.ndarray], masks: Sequence[Mask]) -> Iterator[np.n
             for mask in masks:
                 mask.apply(block[start : start + BLOCK], room)
         yield block
+
+
+def self_mask(seed: bytes, context: bytes, *, remove: bool = False) -> Mask:
+    """What a silo's own seed hides."""
+    return Mask(derived_key(seed, context, "self mask"), -1 if remove else 1)
+
+
+def pair_mask(mine: str, other: str, private: bytes, public: bytes, context: bytes, *, remove: bool = False) -> Mask:
+    """What a silo and another hide from all others.
+
+    Args:
+        private, public: one's private and the other's public key, of either of the two silos.
+        remove: what takes the mask out of ``mine``'s vector again.
+
+    Raises:
+        ValueError: the public key is none.
+    """
+    sign = sign_of(mine, other)
+    return Mask(shared_key(private, public, context, "pair mask"), -sign if remove else sign)
 
 
 def sign_of(mine: str, other: str) -> int:

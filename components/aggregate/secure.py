@@ -1,0 +1,164 @@
+"""The secure sum's last part, at the coordinator: from the shares that silos tell, the masks that have not cancelled; without these, the sum.
+
+Of a survivor only its seed is recovered, of a silo that has dropped out only its key, and nobody's vector is ever seen alone without its masks:
+vectors are added first, and the masks taken from their sum. Who tells a share that is not the one it was given is known by the mark that the
+share's maker has signed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from silotune.components import secure_terms
+from silotune.components.errors import QuorumError, RefusedError
+from silotune.components.federation import Agreement
+from silotune.components.progress import tell
+from silotune.components.protocol import Contribution, Plan
+from silotune.components.rounds import Rounds
+from silotune.components.secure_records import (
+    MaskedVector,
+    MaskKeys,
+    Opening,
+    SealedShares,
+    SecureRound,
+    Survivors,
+    mark,
+)
+from silotune.components.store_blob import StoreBlob
+
+if TYPE_CHECKING:
+    from silotune.components.learning.privacy.masking import Mask
+
+SUM = "sum.safetensors"
+
+
+@dataclass(frozen=True)
+class SecureSum:
+    """A sum that was opened."""
+
+    path: Path  # tensor file: the weighted sum of the clipped updates
+    records: dict[str, MaskedVector]
+    weights: dict[str, float]  # what each update was multiplied by
+
+    def contributions(self, plan: Plan, agreement: Agreement) -> dict[str, Contribution]:
+        """The silos' parts, by numbers that follow from the terms: nothing else is known of any one of them."""
+        total = sum(self.weights.values())
+        found = {}
+        for silo, record in sorted(self.records.items()):
+            examples = secure_terms.examples(agreement, silo)
+            found[silo] = Contribution(
+                manifest=record.digest, object=record.object, bytes=record.bytes, weight=self.weights[silo] / total, examples=examples,
+                tokens=examples, steps=agreement.training_of(silo).steps, cursor=record.cursor, norm=None,
+            )  # fmt: skip
+        return found
+
+
+def secure_sum(rounds: Rounds, plan: Plan, agreement: Agreement, survivors: Survivors, folder: Path) -> SecureSum:
+    """Open the sum of a round's survivors, into a file of the folder.
+
+    Raises:
+        QuorumError: too few silos have told their shares so far.
+        RefusedError: a record was altered; a silo has dealt shares that are not of one secret; a vector is damaged, which is deleted then, so
+            that its silo sends it again.
+        ObjectMissing: a vector is gone.
+    """
+    from silotune.components.learning.privacy.masked_vector import Vector, VectorDamaged, write_sum
+
+    secure = SecureRound(rounds, plan.round, survivors.attempt, plan.digest)
+    records = {silo: secure.named(MaskedVector, silo, digest) for silo, digest in survivors.members.items()}
+    schema = rounds.json_object(plan.participants[min(records)].tensors)
+    size = secure_terms.vector_bytes(agreement, schema)
+    vectors = [Vector(s, StoreBlob(rounds.store, rounds.object_key(r.object, s), size), r.object) for s, r in sorted(records.items())]
+    masks = _masks(secure, agreement, survivors)
+    path = folder / SUM
+    try:
+        write_sum(path, vectors, masks, secure_terms.fixed_point(agreement), schema)
+    except VectorDamaged as error:
+        rounds.store.delete(rounds.object_key(records[error.silo].object, error.silo))  # what is there, is not written
+        raise RefusedError(f"round {plan.round} stays open: {error}", error.reason) from None
+    return SecureSum(path, records, {silo: secure_terms.weight(agreement, silo) for silo in sorted(records)})
+
+
+def _masks(secure: SecureRound, agreement: Agreement, survivors: Survivors) -> list[Mask]:
+    """What takes from the sum the masks that have not cancelled."""
+    from silotune.components.learning.privacy.agreed_keys import public_key
+    from silotune.components.learning.privacy.masking import pair_mask, self_mask
+
+    first, roster = secure.roster("share"), secure.roster("mask")
+    if first is None or roster is None or roster.digest != survivors.roster:
+        raise RefusedError(
+            f"round {secure.number}: the rosters of its survivors are gone or altered; restore them from a backup", "record gone"
+        )
+    keys = {silo: secure.named(MaskKeys, silo, first.members[silo]) for silo in roster.members}
+    dealt = {silo: secure.named(SealedShares, silo, digest) for silo, digest in roster.members.items()}
+    openings = _openings(secure, agreement, survivors, dealt)
+    masks, places = [], secure_terms.places(agreement)
+    for silo in sorted(survivors.members):
+        told = {places[holder]: bytes.fromhex(o.seeds[silo]) for holder, o in openings.items()}
+        seed = _joined(silo, told)
+        if mark(seed) != dealt[silo].seed:
+            raise _not_of_one_secret(silo)
+        masks.append(self_mask(seed, secure.context, remove=True))
+    for silo in sorted(roster.members.keys() - survivors.members.keys()):
+        told = {places[holder]: bytes.fromhex(o.keys[silo]) for holder, o in openings.items()}
+        key = _joined(silo, told)
+        if public_key(key).hex() != keys[silo].masking:
+            raise _not_of_one_secret(silo)
+        for other in sorted(survivors.members):
+            masks.append(pair_mask(other, silo, key, bytes.fromhex(keys[other].masking), secure.context, remove=True))
+    return masks
+
+
+def _openings(secure: SecureRound, agreement: Agreement, survivors: Survivors, dealt: Mapping[str, SealedShares]) -> dict[str, Opening]:
+    """As many as it takes, by holder. Raises QuorumError where there are fewer."""
+    found, bad = secure.believed(Opening, dealt)
+    for holder, why in bad.items():
+        tell("aggregate", "warned", holder, detail=why)
+    dropped = dealt.keys() - survivors.members.keys()
+    sound = {}
+    for holder, o in found.items():
+        kinds = (("seed", o.seeds, survivors.members.keys()), ("key", o.keys, dropped))
+        if o.survivors == survivors.digest and all(
+            told.keys() == silos
+            and all(_is_hex(told[s]) and mark(bytes.fromhex(told[s])) == getattr(dealt[s].shares[holder], kind) for s in silos)
+            for kind, told, silos in kinds
+        ):
+            sound[holder] = o
+        else:
+            tell("aggregate", "warned", holder, detail="it tells other shares than it was given, and is passed over")
+    needed = secure_terms.threshold(agreement)
+    if len(sound) < needed:
+        silent = ", ".join(sorted(dealt.keys() - sound.keys()))
+        raise QuorumError(
+            f"round {secure.number} stays open: {needed} silos must tell their shares, {len(sound)} did; waiting for {silent}; run again to ask "
+            "them, nothing is trained anew",
+            "secure sum not opened",
+        )
+    return {holder: sound[holder] for holder in sorted(sound)[:needed]}
+
+
+def _joined(silo: str, shares: Mapping[int, bytes]) -> bytes:
+    from silotune.components.learning.privacy.shamir import join
+
+    try:
+        return join(shares)
+    except ValueError:
+        raise _not_of_one_secret(silo) from None
+
+
+def _not_of_one_secret(silo: str) -> RefusedError:
+    return RefusedError(
+        f"silo {silo!r}: it has dealt shares that are not of one secret, so that the round's sum cannot be opened; take it out of the federation, "
+        "which ends the round without a result",
+        "bad shares",
+    )
+
+
+def _is_hex(text: str) -> bool:
+    try:
+        return len(bytes.fromhex(text)) > 0
+    except ValueError:
+        return False

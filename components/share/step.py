@@ -1,0 +1,28 @@
+"""share: in a silo, the secrets that cover its update are shared out among the others, sealed to each. See `secure_silo`.
+
+python -m silotune.components.share.step FEDERATION SILO "round:1 attempt:1"
+"""
+
+from __future__ import annotations
+
+import sys
+
+from silotune.components import launcher, secure_silo
+from silotune.components.protocol import Turn
+from silotune.components.silo_job import status_text
+
+
+def run(federation: str, silo: str, turn: str) -> str:
+    """As a pipeline task: launched, and nothing at all where no roster calls for it."""
+    if Turn.parse(turn).done:
+        return status_text(silo, "ok", "nothing to do")
+    return launcher.launch("share", federation, silo, turn)
+
+
+def work(federation_file: str, silo_id: str, turn_text: str) -> str:
+    """Returns the status."""
+    return secure_silo.work("share", federation_file, silo_id, turn_text)
+
+
+if __name__ == "__main__":
+    print(work(*sys.argv[1:]))

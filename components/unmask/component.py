@@ -1,0 +1,10 @@
+"""unmask as a box of the DAG: the round and its survivors in, the silo's status out; what opens their sum lies in the store."""
+
+from kfp import dsl
+
+
+@dsl.component(base_image="python:3.11-slim", install_kfp_package=False)
+def unmask(federation: str, silo: str, turn: str) -> str:
+    from silotune.components.unmask.step import run
+
+    return run(federation, silo, turn)
