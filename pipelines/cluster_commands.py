@@ -28,13 +28,17 @@ RunId = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Default: the
 
 
 def doctor(file: File, endpoint: Endpoint = None, namespace: Namespace = None) -> None:
-    """Look at store, MLflow, Kubeflow and every silo's namespace before anything is submitted."""
+    """Look at store, MLflow, Kubeflow, images and every silo's namespace before anything is submitted."""
     from rich.console import Console
 
+    from silotune.pipelines import access_map
     from silotune.pipelines import doctor as examination
 
-    findings = examination.examine(_load(file), endpoint=endpoint, namespace=namespace)
-    Console().print(examination.render(findings))
+    federation, console = _load(file), Console()
+    findings = examination.examine(federation, endpoint=endpoint, namespace=namespace)
+    console.print(access_map.render(federation))
+    console.print()
+    console.print(examination.render(findings))
     raise typer.Exit(examination.exit_code(findings))
 
 
@@ -55,7 +59,7 @@ def submit(
 
 def schedule(
     file: File,
-    cron: Annotated[str, typer.Argument(metavar="CRON", help="Six fields, seconds first, or a crontab's five: '0 3 * * *'.")],
+    cron: Annotated[str, typer.Option("--cron", help="Six fields, seconds first, or a crontab's five: '0 3 * * *'.")],
     timezone: Annotated[str, typer.Option(help="Zone of the cron line; must be the scheduler's.")] = "UTC",
     rounds: RoundsPerRun = None,
     endpoint: Endpoint = None,
@@ -65,10 +69,13 @@ def schedule(
     """Have a run started again and again; each goes on from the last commit."""
     from silotune.pipelines import schedules
     from silotune.pipelines.cluster_fit import require_fit
+    from silotune.pipelines.cron import require_zone, six_fields
     from silotune.pipelines.kfp_api import connect
 
     federation = _load(file)
     require_fit(federation)
+    six_fields(cron)  # what is wrong with the command is told whether or not Kubeflow answers
+    require_zone(timezone)
     found = schedules.schedule(
         connect(endpoint, namespace),
         federation,
@@ -158,12 +165,12 @@ def offboard(
 ) -> None:
     """A silo leaves: take it out of the file, and say what ends when and what is to be deleted."""
     from silotune.components.rounds import Rounds
-    from silotune.pipelines import onboarding
+    from silotune.pipelines import offboarding
 
     federation = _load(file)
-    text = onboarding.without_silo(federation, silo)
+    text = offboarding.without_silo(federation, silo)
     latest = Rounds.of(federation).latest()
-    typer.echo(onboarding.offboard_text(federation, silo, latest.round + 1 if latest else None))
+    typer.echo(offboarding.offboard_text(federation, silo, latest.round + 1 if latest else None))
     if write:
         scratch = file.with_name(f".{file.name}.part")
         scratch.write_text(text, encoding="utf-8")

@@ -1,7 +1,6 @@
 """The doctor: does everything stand that a federation needs on a cluster? Asked before anything is submitted; nothing is changed.
 
     examine(federation)       findings, one or more per check
-    access(federation)        the affinity map: which pod may read and write what
     render(findings)          a table; `exit_code(findings)` is that of the worst one
 
 Only names and states are read, never a Secret's data. What this account may not look at is a warning that names the right it lacks: where
@@ -16,9 +15,7 @@ import os
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -28,10 +25,10 @@ from silotune.components import keys
 from silotune.components.errors import FederationError, SilotuneError, UnreachableError
 from silotune.components.federation import Federation
 from silotune.components.federation_file import COORDINATOR, is_remote
-from silotune.pipelines import cluster_fit, kfp_api
+from silotune.pipelines import access_map, cluster_fit, image_registry, kfp_api
 from silotune.pipelines.findings import Finding, fail, ok, warn
 from silotune.pipelines.kubernetes_view import TIMEOUT
-from silotune.pipelines.silo_namespace import claims_of, secrets_of, silos, spot
+from silotune.pipelines.silo_namespace import silos
 from silotune.pipelines.tasks_namespace import tasks
 
 if TYPE_CHECKING:
@@ -51,7 +48,8 @@ def examine(federation: Federation, *, endpoint: str | None = None, namespace: s
     findings: list[Finding] = []
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("federation", lambda: fit(federation)),
-        ("affinity map", lambda: affinity(federation)),
+        ("affinity map", lambda: access_map.affinity(federation, namespace)),
+        ("images", lambda: images(federation)),
         ("keys", lambda: registered_keys(federation)),
         ("environment", lambda: environment(federation)),
         ("store", lambda: store(federation)),
@@ -105,73 +103,9 @@ def fit(federation: Federation) -> Iterator[Finding]:
     except FederationError as error:
         for line in str(error).splitlines()[1:]:
             what, _, cure = line.strip().rpartition("; ")
-            yield fail("federation", what, cure)
+            yield fail("federation", what or cure, cure if what else "")
     if federation.launcher == "pod":
         yield warn("federation", "launcher: pod runs all silos in one namespace, and isolates nothing", "use launcher: job for real silos")
-
-
-@dataclass(frozen=True)
-class Access:
-    """A line of the affinity map."""
-
-    party: str
-    place: str  # a prefix of a bucket, or a volume or Secret of a namespace
-    rights: str
-
-
-def access(federation: Federation) -> list[Access]:
-    """Which party's pods may touch what. Buckets' own policies come from `silotune policies`."""
-    ours = f"{federation.storage.root}/{federation.name}"
-    lines = [Access(COORDINATOR, f"{ours}/", "read; create plans, commits, globals, exports; erase update files")]
-    for silo in federation.silos:
-        lines += [
-            Access(silo.id, f"{ours}/ (plans, commits, globals, agreements)", "read"),
-            Access(silo.id, f"{ours}/contributions/{silo.id}/, own manifests, reports and scores", "read, create"),
-        ]
-        for key in ("train", "valid", "test"):
-            if (place := getattr(silo, key)) and is_remote(place):
-                lines.append(Access(silo.id, place, "read"))
-        if is_remote(silo.storage):
-            lines.append(Access(silo.id, silo.storage, "read, write"))
-        for c in claims_of(federation, silo):
-            lines.append(Access(silo.id, f"volume {spot(silo, c.claim)} at {c.mount}", "read" if c.read_only else "read, write"))
-        lines += [Access(silo.id, f"secret {spot(silo, s.name)}", "use") for s in secrets_of(federation, silo)]
-    return lines
-
-
-def affinity(federation: Federation) -> Iterator[Finding]:
-    """What two parties may reach that only one of them should."""
-    broken = 0
-    for one, other in combinations(federation.silos, 2):
-        shared: dict[str, set[str]] = {
-            "namespace": {spot(s, "") for s in (one,) if federation.launcher == "job"} & {spot(other, "")},
-            "volume": {spot(one, c.claim) for c in claims_of(federation, one)}
-            & {spot(other, c.claim) for c in claims_of(federation, other)},
-            "secret": {spot(one, s.name) for s in secrets_of(federation, one)}
-            & {spot(other, s.name) for s in secrets_of(federation, other)},
-        }
-        for kind, places in shared.items():
-            for place in sorted(places):
-                broken += 1
-                yield fail(
-                    "affinity map", f"{kind} {place.rstrip('/')} is shared by silos {one.id} and {other.id}", f"give each its own {kind}"
-                )
-    root = federation.storage.root
-    remote = {f"{s.id}'s {key}": getattr(s, key) for s in federation.silos for key in ("storage", "train", "valid", "test")}
-    remote = {what: place for what, place in remote.items() if place and is_remote(place)}
-    for what, place in remote.items():
-        if cluster_fit.within(place, root) or (what.endswith("storage") and cluster_fit.within(root, place)):
-            broken += 1
-            yield fail(
-                "affinity map", f"{what}, {place}, and the store that all share, {root}, overlap", "use a bucket or prefix of its own"
-            )
-    for (one_what, a), (other_what, b) in combinations(remote.items(), 2):
-        owners = {w.partition("'")[0] for w in (one_what, other_what)}
-        if len(owners) == 2 and (cluster_fit.within(a, b) or cluster_fit.within(b, a)):
-            broken += 1
-            yield fail("affinity map", f"{one_what}, {a}, and {other_what}, {b}, overlap", "give each silo a bucket or prefix of its own")
-    if not broken:
-        yield ok("affinity map", f"{len(access(federation))} accesses; no two silos share a namespace, volume, secret or prefix")
 
 
 def registered_keys(federation: Federation) -> Iterator[Finding]:
@@ -199,6 +133,26 @@ def registered_keys(federation: Federation) -> Iterator[Finding]:
     if ended:
         yield warn("keys", f"every key of {', '.join(ended)} ends at some round", "register the next one before that")
     yield ok("keys", f"{len(public) - 1} silos have registered keys; their private halves are theirs")
+
+
+def images(federation: Federation) -> Iterator[Finding]:
+    """Whether every image lies in its registry, as far as it answers this machine; the nodes pull with accounts of their own."""
+    named = {federation.coordinator_image: COORDINATOR, federation.model_image: COORDINATOR}
+    named |= {silo.placement.image: silo.id for silo in federation.silos}
+    for image in (i for i in named if i and cluster_fit.PINNED.search(i)):
+        host = image_registry.Image.parse(image).host
+        try:
+            found = image_registry.look(image)
+        except (OSError, ValueError) as error:
+            yield warn("images", f"{image}: {host} cannot be asked from here ({type(error).__name__})", "see that the nodes reach it")
+            continue
+        if found == "there":
+            yield ok("images", f"{image} is in its registry")
+        elif found == "absent":
+            yield fail("images", f"{image}: {host} has no such image", f"push it, or correct the name and digest of {named[image]}'s image")
+        else:
+            cure = "`docker login` here, or see that the nodes' pull secret opens it"
+            yield warn("images", f"{image}: {host} does not show it to this account", cure)
 
 
 # This machine

@@ -96,7 +96,12 @@ def _settings(endpoint: str | None) -> tuple[str, dict[str, Any]]:
     parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
     if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
         shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        raise FederationError(f"{ENDPOINT}: must be http:// or https:// with a host, without a user or a query, got {shown!r}; {SIGN_IN}")
+        cure = (
+            SIGN_IN
+            if "@" in parts.netloc or parts.query
+            else "give the address that a browser shows, such as https://kubeflow.example.org/pipeline"
+        )
+        raise FederationError(f"{ENDPOINT}: must be http:// or https:// with a host, without a user or a query, got {shown!r}; {cure}")
     token_file = Path(environ.get(TOKEN_FILE) or environ.get("KF_PIPELINES_SA_TOKEN_PATH") or POD_TOKEN)
     settings: dict[str, Any] = {"cookies": environ.get(COOKIE)}
     if token := environ.get(TOKEN):

@@ -1,8 +1,6 @@
-"""Onboarding: the folder that a silo applies to its cluster, and how a silo leaves again.
+"""Onboarding: the folder that a silo applies to its cluster.
 
     write_silo(federation, silo, folder, images=…)     kustomize files, IAM policy, the silo's copy of the terms, and a README.md
-    without_silo(federation, silo)                     the federation file's text without the silo, comments kept
-    offboard_text(federation, silo)                    what leaving means, from which round on, and what to delete where
 
 The manifests are those of ``k8s/base/silo``, copied, not generated: what a platform engineer has read there is what is applied, and all
 that is the silo's own stands as patches in one `kustomization.yaml`. They are found beside this package (``../k8s``), which is the repository's
@@ -93,7 +91,7 @@ def write_silo(
     namespace = f"silotune-{silo_id}"
     account = f"{namespace}/silotune-launcher" if own_cluster else launcher
     if own_cluster:
-        (folder / "launcher.yaml").write_text(_handout("launcher.yaml").format(namespace=namespace))
+        (folder / "launcher.yaml").write_text(handout("launcher.yaml").format(namespace=namespace))
     patches = _patches(federation, silo, images, store_cidrs, endpoint, account, gpus, storage)
     patches += [*_classes(priority_classes), *_several(silo.placement.nodes)]
     patches += _trainer(federation, silo, images[0], gpus, jobset) if by_trainer else []
@@ -112,7 +110,7 @@ def write_silo(
     (folder / "kustomization.yaml").write_text(head + yaml.dump(kustomization, Dumper=_Blocks, sort_keys=False, width=140))
     shutil.copyfile(federation.file, folder / "federation.yaml")
     (folder / "iam-policy.json").write_text(json.dumps(policy, indent=2) + "\n")
-    (folder / "probe.yaml").write_text(_handout("probe.yaml").format(namespace=namespace))
+    (folder / "probe.yaml").write_text(handout("probe.yaml").format(namespace=namespace))
     (folder / "README.md").write_text(_readme(federation, silo, account, images, store_cidrs, endpoint, own_cluster))
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -282,7 +280,7 @@ _Blocks.add_representer(
 )
 
 
-def _handout(name: str) -> str:
+def handout(name: str) -> str:
     return (MANIFESTS / "handout" / name).read_text(encoding="utf-8")
 
 
@@ -350,7 +348,7 @@ def _readme(
         " A *TrainJob* may name the runtime `silotune` of this folder, plain words, how many nodes and what each needs, and nothing else "
         f"(policy `silotune-trainjobs-{silo.id}`); the Job that becomes of it is held to the same rules."
     )
-    return _handout("README.md").format(
+    return handout("README.md").format(
         kinds="*Jobs* and *TrainJobs*" if by_trainer else "*Jobs*",
         runtime=runtime if by_trainer else "",
         together=f"{together}no other way out, none in." if together else "No other way out, none in.",
@@ -363,99 +361,4 @@ def _readme(
         root=federation.storage.root,
         keys=keys,
         todo="\n".join(f"- [ ] {line}" for line in todo),
-    )
-
-
-def without_silo(federation: Federation, silo_id: str) -> str:
-    """The federation file's text without one silo: its item in ``silos`` and its keys. Comments stay, but those right above its item.
-
-    Raises:
-        FederationError: no such silo; the rest is no federation, or cannot reach the quorum; the text is of a shape that cannot be cut.
-    """
-    federation.silo(silo_id)
-    file, quorum = federation.file, federation.rounds.quorum
-    left = len(federation.silos) - 1
-    if not left:
-        raise FederationError(f"{file.name}: {silo_id} is the only silo; a federation needs one, end it instead")
-    if quorum and quorum.count > left:
-        raise FederationError(
-            f"{file.name}: rounds.quorum must be at most the number of silos, {left} without {silo_id}, got {quorum.count}; lower it first"
-        )
-    text = file.read_text(encoding="utf-8")
-    before = yaml.safe_load(text)
-    root = yaml.compose(text, yaml.SafeLoader)
-    keys = (before.get("security") or {}).get("keys") or {}
-    if silo_id in keys:  # first what stands behind, or before: each cut is made on a text of its own
-        text = _cut(text, _at(root, "security", "keys"), list(keys).index(silo_id))
-        root = yaml.compose(text, yaml.SafeLoader)
-    text = _cut(text, _at(root, "silos"), [s["id"] for s in before["silos"]].index(silo_id))
-    before["silos"] = [s for s in before["silos"] if s["id"] != silo_id]
-    keys.pop(silo_id, None)
-    try:
-        cut = yaml.safe_load(text)
-    except yaml.YAMLError:
-        cut = None
-    if cut != before:  # anchors, tags, braces over several lines
-        raise FederationError(f"{file.name}: the lines of {silo_id} cannot be cut out safely; take its item and its key out by hand")
-    return text
-
-
-def _at(node: Any, *path: str) -> Any:
-    for name in path:
-        node = next(value for key, value in node.value if key.value == name)
-    return node
-
-
-def _cut(text: str, holder: Any, index: int) -> str:
-    """The text without one item of a YAML list or mapping."""
-    spans = [(n[0].start_mark, _last(n[1])) if isinstance(n, tuple) else (n.start_mark, _last(n)) for n in holder.value]
-    start, end = spans[index]
-    if holder.flow_style:  # up to the next item, or from the end of the one before
-        if index + 1 < len(spans):
-            return text[: start.index] + text[spans[index + 1][0].index :]
-        return text[: spans[index - 1][1].index] + text[end.index :] if index else text[: start.index] + text[end.index :]
-    lines = text.splitlines(keepends=True)
-    first, last = start.line, end.line
-    while first and index and lines[first - 1].lstrip().startswith("#"):
-        first -= 1
-    return "".join(lines[:first] + lines[last + 1 :])
-
-
-def _last(node: Any) -> Any:
-    """Where a node's text ends; a block's own mark stands behind the comments that follow it."""
-    if isinstance(node, yaml.ScalarNode) or node.flow_style or not node.value:
-        return node.end_mark
-    final = node.value[-1]
-    return _last(final[1] if isinstance(final, tuple) else final)
-
-
-def offboard_text(federation: Federation, silo_id: str, next_round: int | None = None) -> str:
-    """What a silo's leaving is, in plain words and commands.
-
-    Args:
-        next_round: the number of the next round to be opened, where it is known.
-
-    Raises:
-        FederationError: as `without_silo`.
-    """
-    without_silo(federation, silo_id)
-    left = [s for s in federation.silo_ids if s != silo_id]
-    quorum = federation.rounds.quorum.count if federation.rounds.quorum else len(left) // 2 + 1
-    since = "the next round that is opened" if next_round is None else f"round {next_round}"
-    colluding = ""
-    if len(left) < 3:
-        colluding = (
-            "\nThree silos or more hide an update from the others; with fewer, each can compute what another one sent (docs/security.md).\n"
-        )
-    return _handout("offboarding.md").format(
-        silo=silo_id,
-        federation=federation.name,
-        namespace=f"silotune-{silo_id}",
-        file=federation.file.name,
-        left=", ".join(left),
-        quorum=quorum,
-        count=len(left),
-        since=since,
-        colluding=colluding,
-        root=f"{federation.storage.root.rstrip('/')}/{federation.name}",
     )

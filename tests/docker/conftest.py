@@ -36,15 +36,16 @@ def _has_buildkit(client: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def base_image(engine: str) -> str:
+def base_image(engine: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The base: what is there, else what can be pulled, else what base-image.sh makes of this machine."""
     if _exists(engine, BASE_IMAGE) or subprocess.run([engine, "pull", "-q", BASE_IMAGE], capture_output=True, check=False).returncode == 0:
         return BASE_IMAGE
     script = HERE.parent / "shared" / "tools" / "base-image.sh"
     if not script.exists():
         pytest.skip(f"{BASE_IMAGE} is not here and cannot be pulled, and there is no {script} to make it")
-    environment = {**os.environ, "PATH": f"{Path(engine).parent}:{os.environ['PATH']}"}
-    subprocess.run(["bash", str(script), BASE_IMAGE], check=True, env=environment)
+    alone = tmp_path_factory.mktemp("client")  # the folder it lies in may hold another Python, too, which would go into the base
+    (alone / "docker").symlink_to(engine)
+    subprocess.run(["bash", str(script), BASE_IMAGE], check=True, env={**os.environ, "PATH": f"{alone}:{os.environ['PATH']}"})
     return BASE_IMAGE
 
 

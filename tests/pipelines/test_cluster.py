@@ -487,7 +487,7 @@ def test_the_commands_submit_schedule_show_and_cancel(api: Any, ward: Federation
     assert submitted.exit_code == 0, submitted.output
     (run,) = api.runs.values()
     assert run["run_id"] in submitted.output
-    scheduled = silotune("schedule", file, "0 3 * * *", "--endpoint", api.url)
+    scheduled = silotune("schedule", file, "--cron", "0 3 * * *", "--endpoint", api.url)
     assert scheduled.exit_code == 0, scheduled.output
     assert "created: 0 0 3 * * * UTC" in scheduled.output
     assert run["run_id"] in silotune("runs", file, "--endpoint", api.url).output
@@ -500,6 +500,13 @@ def test_an_unfit_federation_is_refused_before_kubeflow_is_asked(tmp_path: Path)
     refused = silotune("submit", str(federation.file), "--endpoint", "http://127.0.0.1:9")
     assert isinstance(refused.exception, FederationError)
     assert "coordinator_image: must name an image by digest" in str(refused.exception)
+
+
+@pytest.mark.parametrize(("cron", "zone", "told"), [("0 3 * *", "UTC", "got 4"), ("0 3 * * *", "Europe/Zurich", "timezone: ")])
+def test_a_wrong_schedule_is_refused_before_kubeflow_is_asked(ward: Federation, cron: str, zone: str, told: str) -> None:
+    refused = silotune("schedule", str(ward.file), "--cron", cron, "--timezone", zone, "--endpoint", "http://127.0.0.1:9")
+    assert isinstance(refused.exception, FederationError)
+    assert told in str(refused.exception)
 
 
 def test_what_is_submitted_runs_the_named_images_only(ward: Federation, tmp_path: Path) -> None:

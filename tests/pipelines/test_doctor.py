@@ -68,6 +68,11 @@ class Answers:
                 self.end_headers()
                 self.wfile.write(data)
 
+            def do_HEAD(self) -> None:
+                answers.asked.append((self.path, dict(self.headers)))
+                self.send_response(answers.known.get(self.path, (404, None))[0])
+                self.end_headers()
+
             def do_POST(self) -> None:
                 self.do_GET()
 
@@ -82,10 +87,12 @@ class Answers:
 
 @pytest.fixture
 def answers() -> Iterator[Answers]:
-    """MLflow, the hub and a cluster on which all that both silos need stands."""
+    """MLflow, the hub, a registry of images and a cluster on which all that both silos need stands."""
     found = Answers()
     found.known["/api/2.0/mlflow/experiments/search"] = (200, {})
     found.known["/api/v1/nodes"] = (200, {"items": [NODE]})
+    for image in (IMAGE, COORDINATOR_IMAGE):
+        found.known[f"/v2/{image.partition('/')[2].replace('@', '/manifests/')}"] = (200, None)
     for silo in ("north", "south"):
         at = f"/api/v1/namespaces/silotune-{silo}"
         found.known |= {
@@ -159,6 +166,7 @@ def make(tmp_path: Path, public: dict[str, str], answers: Answers) -> Callable[.
 
     def load(*changes: tuple[str, str]) -> Federation:
         text = FILE.replace("MLFLOW", answers.url).replace("KEYS", json.dumps(public))
+        text = text.replace("registry.example", answers.url.removeprefix("http://"))
         for namespace in ("silotune-north", "silotune-south", "kubeflow"):
             path = f"/api/v1/namespaces/{namespace}/configmaps/silotune-federation"
             answers.known.setdefault(path, (200, {"data": {"federation.yaml": text}}))
@@ -203,6 +211,7 @@ def test_a_federation_that_has_all_it_needs_is_well(make: Callable[..., Federati
     assert {
         "federation",
         "affinity map",
+        "images",
         "keys",
         "store",
         "clock",
@@ -414,45 +423,35 @@ def test_a_silo_with_a_cluster_of_its_own_is_left_to_its_people(make: Callable[.
     assert not any("silotune-south" in path for path, _ in answers.asked)
 
 
-# The file and its affinity map
-
-
-def test_the_affinity_map_tells_who_may_touch_what(make: Callable[..., Federation]) -> None:
-    lines = {(a.party, a.place): a.rights for a in doctor.access(make(("train: /silo/train.jsonl", "train: s3://records/all.jsonl")))}
-    assert lines["coordinator", "s3://store/federations/ward/"].startswith("read")
-    assert lines["north", "s3://records/all.jsonl"] == "read"
-    assert lines["north", "volume silotune-north/silotune-silo at /silo"] == "read, write"
-    assert lines["south", "secret silotune-south/silotune-keys"] == "use"
-    assert not any(party == "south" and "north" in place for party, place in lines)
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ([("silotune-south", "silotune-north")], ["namespace silotune-north", "volume silotune-north/silotune-silo", "secret silotune-north/silotune-keys", "secret silotune-north/silotune-s3"]),
-        ([("/silo/storage-south", "s3://store/federations/ward/south")], ["south's storage, s3://store/federations/ward/south, and the store"]),
-        ([("/silo/storage-south", "s3://store")], ["south's storage, s3://store, and the store"]),
-        ([("/silo/storage-north", "s3://own/a"), ("/silo/storage-south", "s3://own/a/b")], ["north's storage, s3://own/a, and south's storage, s3://own/a/b"]),
-        ([("/silo/storage-north", "s3://own/a"), ("/silo/storage-south", "s3://own/ab")], []),
-    ],
-)  # fmt: skip
-def test_whatever_two_parties_share_is_a_violation(
-    make: Callable[..., Federation], changes: list[tuple[str, str]], told: list[str]
-) -> None:
-    found = [f for f in doctor.affinity(make(*changes)) if f.level == "fail"]
-    assert len(found) == len(told)
-    assert all(text in f.what for text, f in zip(told, found, strict=True))
-
-
-def test_the_same_names_in_two_clusters_are_two_places(make: Callable[..., Federation]) -> None:
-    apart = make(("namespace: silotune-south", "kubeconfig_secret: south-cluster, namespace: silotune-north"))
-    assert levels(doctor.affinity(apart)) == ["ok"]
+# The file
 
 
 def test_what_cannot_run_on_a_cluster_fails_line_by_line(make: Callable[..., Federation]) -> None:
-    found = list(doctor.fit(make((IMAGE, "image:tag"), ("/silo/storage-north", "./private"))))
+    found = list(doctor.fit(make(("silotune-silo@sha256:" + "a" * 64, "image:tag"), ("/silo/storage-north", "./private"))))
     assert levels(found) == ["fail"] * 3
+    assert all(f.what for f in found)
     assert doctor.exit_code(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "level", "told"), [(200, "ok", "is in its registry"), (404, "fail", "no such image"), (403, "warn", "does not show it")]
+)
+def test_an_image_is_asked_for_in_its_registry(
+    make: Callable[..., Federation], answers: Answers, status: int, level: str, told: str
+) -> None:
+    answers.known[f"/v2/silotune-silo/manifests/sha256:{'a' * 64}"] = (status, None)
+    ours, theirs = doctor.images(make())
+    assert (ours.level, theirs.level) == ("ok", level)
+    assert told in theirs.what
+
+
+def test_an_image_whose_registry_is_away_is_a_warning_and_one_by_tag_is_told_elsewhere(
+    make: Callable[..., Federation], answers: Answers
+) -> None:
+    host = answers.url.removeprefix("http://")
+    away = make((f"{host}/silotune-silo", "127.0.0.1:9/silotune-silo"), (f"{host}/silotune-coordinator@sha256:{'b' * 64}", "c:latest"))
+    (found,) = doctor.images(away)
+    assert (found.level, "127.0.0.1:9 cannot be asked from here" in found.what) == ("warn", True)
 
 
 def test_a_coordinators_key_must_be_there_registered_and_its_own(

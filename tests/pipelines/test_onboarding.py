@@ -1,4 +1,4 @@
-"""A silo's folder builds, grants what its README says and no more; a silo that leaves is cut out of the file and of nothing else."""
+"""A silo's folder builds, and grants what its README says and no more."""
 
 from __future__ import annotations
 
@@ -310,69 +310,3 @@ def test_a_folder_that_holds_something_is_left_alone(onboard: Callable[..., Path
     with pytest.raises(FederationError, match="must be an empty folder"):
         onboard()
     assert (folder / "federation.yaml").read_text() == "of the silo"
-
-
-# --- leaving ---
-
-
-def test_a_silo_is_cut_out_and_comments_stay(load: Callable[..., Federation]) -> None:
-    text = onboarding.without_silo(load(), "south")
-    gone = (
-        "  # the one in the south\n", "  - id: south\n", "    train: /silo/south/train.jsonl\n", "    storage: /silo/south\n",
-        "    south:\n", f'      - {{public: "{KEYS["south"]}", since: 2}}\n',
-    )  # fmt: skip
-    expected = FILE
-    for line in gone:
-        expected = expected.replace(line, "")
-    assert text == expected
-
-
-@pytest.mark.parametrize("silo", ["north", "south", "west"])
-def test_what_is_left_is_the_same_federation_without_it(load: Callable[..., Federation], silo: str) -> None:
-    before = load()
-    after = load("", "", onboarding.without_silo(before, silo))
-    assert after.silo_ids == [s for s in before.silo_ids if s != silo]
-    assert after.public_keys == {party: keys for party, keys in before.public_keys.items() if party != silo}
-    assert after.model_dump(exclude={"silos", "security"}) == before.model_dump(exclude={"silos", "security"})
-
-
-@pytest.mark.parametrize("silo", ["a", "b", "c"])
-def test_a_flow_list_is_cut_as_well(load: Callable[..., Federation], silo: str) -> None:
-    items = ", ".join(f"{{id: {s}, train: /silo/{s}.jsonl, storage: /silo/{s}}}" for s in "abc")
-    text = f"name: t\nmodel: {{base: /b}}\nsilos: [{items}]  # three\n"
-    after = onboarding.without_silo(load(text=text), silo)
-    assert [s["id"] for s in yaml.safe_load(after)["silos"]] == [s for s in "abc" if s != silo]
-    assert after.endswith("]  # three\n")
-
-
-def test_a_silo_that_the_quorum_needs_stays(load: Callable[..., Federation]) -> None:
-    for quorum in ("3", "{count: 3}"):
-        federation = load("quorum: 2", f"quorum: {quorum}")
-        for leave in (onboarding.without_silo, onboarding.offboard_text):
-            with pytest.raises(FederationError, match="at most the number of silos, 2 without south, got 3; lower it first"):
-                leave(federation, "south")
-
-
-def test_the_last_silo_and_a_stranger_cannot_leave(load: Callable[..., Federation]) -> None:
-    alone = load(text="name: t\nmodel: {base: /b}\nsilos:\n  - {id: a, train: /a}\n")
-    with pytest.raises(FederationError, match="the only silo"):
-        onboarding.without_silo(alone, "a")
-    with pytest.raises(FederationError, match="is not in federation"):
-        onboarding.offboard_text(alone, "b")
-
-
-def test_a_text_that_cannot_be_cut_safely_is_refused(load: Callable[..., Federation]) -> None:
-    text = "name: t\nmodel: {base: /b}\nsilos:\n  - &x\n    id: a\n    train: &t /a\n  - {id: b, train: *t}\n  - {id: c, train: /c}\n"
-    with pytest.raises(FederationError, match="cut out safely; take its item and its key out by hand"):
-        onboarding.without_silo(load(text=text), "a")
-
-
-def test_leaving_is_told_with_its_round_and_its_commands(load: Callable[..., Federation]) -> None:
-    text = onboarding.offboard_text(load(), "south", 4)
-    assert "From round 4 on" in text
-    assert "Left: north, west; the quorum is\n2 of 2" in text
-    assert "Three silos or more hide an update" in text
-    for command in ("silotune gc f.yaml --silo south", "kubectl --namespace silotune-south delete rolebinding", "s3://bucket/team/trial"):
-        assert command in text
-    assert "the next round that is opened" in onboarding.offboard_text(load(), "south")
-    assert not re.search(r"[{}]", text)
