@@ -5,13 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from silotune.components.errors import FederationError
+from silotune.components import keys
+from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Federation
+from silotune.components.initialize import step as initialize
+from silotune.components.protocol import Turn
+from silotune.components.rounds import Rounds
 from silotune.pipelines import offboarding
+from silotune.pipelines.simulate import Simulation
 
 KEYS = {party: f"ed25519:{'A' * 42}{letter}=" for party, letter in (("coordinator", "A"), ("north", "E"), ("south", "I"), ("west", "M"))}
 FILE = f"""\
@@ -114,3 +120,29 @@ def test_leaving_is_told_with_its_round_and_its_commands(load: Callable[..., Fed
         assert command in text
     assert "the next round that is opened" in offboarding.offboard_text(load(), "south")
     assert not re.search(r"[{}]", text)
+
+
+def test_its_key_signs_nothing_from_the_next_round_on(make_federation: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole course: three train, one leaves, two go on; what the one who left still writes, with its own key, is refused."""
+    monkeypatch.setenv("SILOTUNE_KEYS", str(tmp_path / "keys"))
+    public = {party: keys.new(tmp_path / "keys", party) for party in ("coordinator", "east", "north", "south")}
+    file = make_federation(rounds={"total": 1, "quorum": 2}, security={"keys": public}, training={"steps": 1, "batch_size": 2})
+    (first,) = Simulation(file).run()
+    file.write_text(offboarding.without_silo(Federation.load(file), "east").replace("total: 1", "total: 2"))
+    after = Rounds.of(Federation.load(file))
+    assert set(first.silos) == {"east", "north", "south"}
+    assert Turn.parse(initialize.work(str(file))).round == 2
+    plan = after.plan(2)
+    assert plan
+    assert set(plan.participants) == set(after.agreement(plan.agreement).keys) - {"coordinator"} == {"north", "south"}
+
+    sent = after.update(1, "east")
+    assert sent, "what it sent before stays valid"
+    key = after.key("rounds", "00002", "updates", "east.json")
+    late = sent.model_copy(update={"round": 2, "plan": plan.digest, "agreement": plan.agreement, "incoming": plan.incoming})
+    late = late.model_copy(update={"signature": keys.signature(keys.private_key(tmp_path / "keys" / "east.pem"), late.message(key))})
+    assert after.store.create(key, late.encode())
+    with pytest.raises(RefusedError, match=r"no key of security\.keys\.east that is good for round 2"):
+        after.update(2, "east")
+    (second,) = Simulation(file).run()
+    assert (second.round, set(after.commit(2).contributions)) == (2, {"north", "south"})
