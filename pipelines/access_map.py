@@ -35,13 +35,13 @@ def access(federation: Federation) -> list[Access]:
     """Which party's pods may touch what. Buckets' own policies come from `silotune policies`."""
     ours = f"{federation.storage.root}/{federation.name}"
     base = [federation.model.base] if is_remote(federation.model.base) else []
-    lines = [Access(COORDINATOR, f"{ours}/", "read; create plans, commits, globals, exports; erase update files")]
+    lines = [Access(COORDINATOR, f"{ours}/", "read, create; erase update files")]
     lines += [Access(COORDINATOR, place, "read") for place in base]
     for silo in federation.silos:
         lines += [
             *(Access(silo.id, place, "read") for place in base),
-            Access(silo.id, f"{ours}/ (plans, commits, globals, agreements)", "read"),
-            Access(silo.id, f"{ours}/contributions/{silo.id}/, own manifests, reports and scores", "read, create"),
+            Access(silo.id, f"{ours}/", "read agreements, plans, globals, commits; create its own manifests, reports, scores"),
+            Access(silo.id, f"{ours}/contributions/{silo.id}/", "read, create"),
         ]
         for key in ("train", "valid", "test"):
             if (place := getattr(silo, key)) and is_remote(place):

@@ -128,7 +128,10 @@ def logs(file: File, run: RunId = None, endpoint: Endpoint = None, namespace: Na
     from silotune.pipelines.kfp_api import connect
 
     federation = _load(file)
-    for log in pipeline_runs.logs(connect(endpoint, namespace), federation, run):
+    found = pipeline_runs.logs(connect(endpoint, namespace), federation, run)
+    if not found:
+        typer.echo("no task of the coordinator has begun")
+    for log in found:
         typer.echo(f"--- {log.task} ({log.state})\n{log.text or log.problem}")
     for line in pipeline_runs.silo_logs(federation):
         typer.echo(line)
@@ -138,7 +141,9 @@ def onboard(
     file: File,
     silo: Annotated[str, typer.Argument(metavar="SILO", help="Its id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; absent or empty.")],
-    image: Annotated[list[str], typer.Option(help="What may run on its records, by digest; may be given again.")],
+    image: Annotated[
+        list[str] | None, typer.Option(help="What may run on its records, by digest; may be given again. Default: placement.image.")
+    ] = None,
     store_cidr: Annotated[list[str] | None, typer.Option(help="Addresses of the store, all that its Jobs can reach.")] = None,
     endpoint_url: Annotated[str, typer.Option(help="The store's URL; default: AWS.")] = "",
     own_cluster: Annotated[bool, typer.Option("--own-cluster", help="The silo has a cluster of its own.")] = False,
@@ -152,7 +157,7 @@ def onboard(
     from silotune.pipelines import onboarding
 
     written = onboarding.write_silo(
-        _load(file), silo, output, images=image, store_cidrs=store_cidr or (), endpoint=endpoint_url, own_cluster=own_cluster, gpus=gpus,
+        _load(file), silo, output, images=image or (), store_cidrs=store_cidr or (), endpoint=endpoint_url, own_cluster=own_cluster, gpus=gpus,
         priority_classes=priority_class or (), launcher=launcher or onboarding.ACCOUNT,
     )  # fmt: skip
     typer.echo(f"{len(written)} files in {output}; read {output / 'README.md'}, then: kubectl apply -k {output}")

@@ -44,7 +44,7 @@ def write_silo(
     silo_id: str,
     folder: Path,
     *,
-    images: Sequence[str],
+    images: Sequence[str] = (),
     store_cidrs: Sequence[str] = (),
     endpoint: str = "",
     launcher: str = ACCOUNT,
@@ -58,7 +58,8 @@ def write_silo(
 
     Args:
         folder: is made; must be absent or empty, since a silo may have edited an older one.
-        images: what may run on the silo's records, each as ``registry/name@sha256:…``.
+        images: what may run on the silo's records, each as ``registry/name@sha256:…``; default: the image of its placement, which must be among
+            them.
         store_cidrs: address ranges of the store, the only ones that Jobs can reach. Without any they reach nothing, until one is put in.
         endpoint: the store's URL; empty for AWS.
         launcher: ``namespace/name`` of the coordinator's service account in the silo's cluster.
@@ -74,9 +75,10 @@ def write_silo(
         FederationError: no such silo; a file that cannot run on Kubernetes; an argument of the wrong form; the folder is not empty.
     """
     silo = federation.silo(silo_id)
+    images = images or [silo.placement.image or ""]
     if silo.placement.priority_class:
         priority_classes = sorted({*priority_classes, silo.placement.priority_class})
-    problems = [*_unfit(federation, silo), *_malformed(images, store_cidrs, endpoint, launcher, storage, priority_classes, jobset)]
+    problems = [*_unfit(federation, silo, images), *_malformed(images, store_cidrs, endpoint, launcher, storage, priority_classes, jobset)]
     if problems:
         raise FederationError("\n".join([f"silo {silo_id} cannot be onboarded: {len(problems)} to correct", *(f"  {p}" for p in problems)]))
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -115,14 +117,18 @@ def write_silo(
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _unfit(federation: Federation, silo: Silo) -> list[str]:
-    """Why a federation file is none for a silo on Kubernetes."""
+def _unfit(federation: Federation, silo: Silo, images: Sequence[str]) -> list[str]:
+    """Why a federation file is none for a silo on Kubernetes, or none for a silo that lets only these images run."""
     where = f"silos[{[s.id for s in federation.silos].index(silo.id)}]"
     problems = []
     if federation.launcher != "job":
         problems.append(f"launcher: must be job, got {federation.launcher!r}; with pod all silos share the coordinator's namespace")
     if federation.custody != "parties":
         problems.append("security.keys: must name a key of every party; make them with `silotune keys new`, each on its owner's machine")
+    if (ours := silo.placement.image) and ours not in images:
+        problems.append(
+            f"{where}.placement.image: must be one of the images that the silo admits, got {ours!r}; every Job would be refused"
+        )
     for name in ("train", "valid", "test", "storage"):
         place = getattr(silo, name)
         if place is not None and not is_remote(place) and Path(MOUNT) not in (Path(place), *Path(place).parents):
@@ -136,10 +142,12 @@ def _malformed(
     images: Sequence[str], cidrs: Sequence[str], endpoint: str, launcher: str, storage: str, classes: Sequence[str], jobset: str
 ) -> list[str]:
     problems = [
-        f"image: must be registry/name@sha256:<64 hex digits>, got {i!r}; a tag can change its content" for i in images if not _is(IMAGE, i)
+        f"image: must be registry/name@sha256:<64 hex digits>, got {i!r}; a tag can change its content"
+        for i in images
+        if i and not _is(IMAGE, i)
     ]
-    if not images:
-        problems.append("image: must name at least one, by digest; without any nothing may run")
+    if not all(images):
+        problems.append("image: must name at least one, by digest, here or in the silo's placement.image; without any nothing may run")
     for cidr in cidrs:
         try:
             if ipaddress.ip_network(cidr).prefixlen == 0:
@@ -303,7 +311,7 @@ def _readme(
         f"Its credentials, from files so that they stand in no history: `{secret} silotune-s3 --from-file=AWS_ACCESS_KEY_ID "
         "--from-file=AWS_SECRET_ACCESS_KEY` (no line break at the end of the files)",
         f"The silo's private key, made by `silotune keys new {silo.id}` on the silo's side: `{secret} silotune-keys --from-file={silo.id}.pem`. "
-        "Its public half must be the one below.",
+        "Its public half must be the one above.",
         f"Only if the registry asks who pulls: a secret `silotune-registry` of type `kubernetes.io/dockerconfigjson` in `{namespace}`.",
         f"Put the records in the volume (claim `silotune-silo`), where `federation.yaml` names them: `{silo.train}`. A pod that copies them must "
         "meet the restricted Pod Security Standard; delete it afterwards.",

@@ -257,6 +257,18 @@ def test_the_readme_says_what_is_granted_to_whom_and_how_to_revoke_it(onboard: C
     assert not re.search(r"[{}]", text), "a place was left unfilled"
 
 
+def test_without_a_word_the_image_of_the_placement_is_the_one_that_may_run(onboard: Callable[..., Path], build: Any) -> None:
+    admitted = [
+        o["data"] for o in build(onboard(images=[], placement={"gpus": 0, "cpu": "1"})) if o["metadata"]["name"] == "silotune-job-terms"
+    ]
+    assert [{k: v for k, v in terms.items() if k.startswith("image-")} for terms in admitted] == [{"image-1": IMAGE}]
+
+
+def test_a_list_that_would_refuse_every_job_of_the_file_is_refused(onboard: Callable[..., Path]) -> None:
+    with pytest.raises(FederationError, match="one of the images that the silo admits"):
+        onboard(images=[IMAGE[:-1] + "9"], placement={"cpu": "1"})
+
+
 def test_what_is_left_to_do_is_told(onboard: Callable[..., Path], load: Callable[..., Federation], tmp_path: Path) -> None:
     assert "create token" not in (onboard() / "README.md").read_text()
     assert "create token" in (onboard("south", own_cluster=True) / "README.md").read_text()
