@@ -56,6 +56,11 @@ def _problems(federation: Federation) -> Iterator[str]:
         everywhere = [m for m in mounts[0] if all(m in its for its in readers)]
         where = "placement.claims of every silo and of coordinator.claims"
         yield from _misplaced("model.base", str(raw["model"]["base"]), base, everywhere, where)
+    elif not is_remote(base) and federation.launcher == "job":
+        yield (
+            f"model.base: must be s3:// or a folder of a claim where silos' Jobs load it, which have no way to the Hugging Face hub, got {base!r}; "
+            "put a copy that save_pretrained wrote into the store"
+        )
     for i, silo in enumerate(federation.silos):
         where, place, written = f"silos[{i}]", silo.placement, raw["silos"][i]
         for key in PATH_FIELDS:

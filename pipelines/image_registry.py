@@ -88,7 +88,7 @@ def _token(asked: dict[str, str], sign_in: dict[str, str]) -> dict[str, str]:
     realm = urlsplit(asked["realm"])
     if realm.scheme != "https" and not (realm.scheme == "http" and is_local(realm.netloc)):
         raise OSError("the registry names a token server without https")
-    query = urlencode({name: asked[name] for name in ("service", "scope") if name in asked})
+    query = urlencode([(name, asked[name]) for name in ("service", "scope") if name in asked])
     status, _, body = _read("GET", f"{asked['realm']}{'&' if realm.query else '?'}{query}", sign_in)
     if status != 200:
         return {}
