@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -62,13 +62,17 @@ class _Yaml(yaml.SafeLoader):
 _Yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
-def parse(path: Path) -> dict[str, Any]:
+NEW = "`silotune new DIR` writes one to start from"
+
+
+def parse(path: Path, kind: str = "federation", keys: str = "name, model and silos", cure: str = NEW) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises FederationError where there is none."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Yaml)  # noqa: S506 (_Yaml is a SafeLoader)
     except FileNotFoundError:
-        raise FederationError(f"{path}: no such federation file; `silotune new DIR` writes one to start from") from None
+        raise FederationError(f"{path}: no such {kind} file; {cure}") from None
     except IsADirectoryError:
-        raise FederationError(f"{path}: is a folder; name the federation file in it") from None
+        raise FederationError(f"{path}: is a folder; name the {kind} file in it") from None
     except UnicodeDecodeError as error:
         raise FederationError(f"{path.name}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
@@ -78,7 +82,7 @@ def parse(path: Path) -> dict[str, Any]:
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise FederationError(f"{path.name}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(raw, dict):
-        raise FederationError(f"{path.name}: must hold keys such as name, model and silos, got {type(raw).__name__}")
+        raise FederationError(f"{path.name}: must hold keys such as {keys}, got {type(raw).__name__}")
     return raw
 
 
@@ -149,8 +153,12 @@ def _absolute(value: str, folder: Path) -> str:
     return os.path.normpath(folder / Path(value).expanduser())
 
 
-def explain(error: Any, model: type[BaseModel]) -> str:
-    """One pydantic error of ``model`` as: path, rule, value got, cure."""
+def explain(error: Any, model: type[BaseModel], patterns: Mapping[str, str] = PATTERNS) -> str:
+    """One pydantic error of ``model`` as: path, rule, value got, cure.
+
+    Args:
+        patterns: what a text must look like, in words.
+    """
     where = _where(error["loc"])
     kind, got = error["type"], error.get("input")
     if kind == "missing":
@@ -164,7 +172,7 @@ def explain(error: Any, model: type[BaseModel]) -> str:
     if kind == "too_short":
         rule = "must not be empty"
     if kind == "string_pattern_mismatch":
-        rule = f"must be {PATTERNS.get(error['ctx']['pattern'], 'lower-case letters, digits and inner dashes, at most 40')}"
+        rule = f"must be {patterns.get(error['ctx']['pattern'], 'lower-case letters, digits and inner dashes, at most 40')}"
     shown = "" if isinstance(got, dict) else f", got {got!r}"
     return f"{where}: {rule}{shown}"
 

@@ -151,6 +151,26 @@ def _signature(private: Ed25519PrivateKey, message: bytes) -> str:
     return base64.b64encode(private.sign(message)).decode()
 
 
+def sign_as(federation: Federation, silo_id: str, message: bytes) -> str:
+    """A silo's signature of what is its own business, and no round's. Raises FederationError without a key."""
+    return signature(private_key(_key_file(federation, silo_id)), message)
+
+
+def own(federation: Federation, silo_id: str) -> list[PublicKey]:
+    """Public halves of the private keys that a silo has on this machine, the present one first. It is made where signing is off and there is none.
+
+    Raises:
+        FederationError: there is none, or it cannot be read.
+    """
+    path = _key_file(federation, silo_id)
+    if federation.custody == "none" and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _alone(path.parent):
+            if not path.exists():
+                _make(path.parent, silo_id)
+    return [PublicKey(public=text_of(private_key(p))) for p in (path, *sorted(path.parent.glob(f"{silo_id}.*.pem")))]
+
+
 def verify(keys: list[PublicKey], round_number: int | None, message: bytes, signed: str) -> bool:
     """Whether one of the keys that are good for a round made the signature."""
     from cryptography.exceptions import InvalidSignature

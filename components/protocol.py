@@ -111,7 +111,9 @@ class Attempt(Record):
 class Report(OfSilo):
     """How one silo's work in one attempt ended. ``reason`` is from a fixed vocabulary; never record text."""
 
-    SCALARS: ClassVar[frozenset[str]] = frozenset({"steps", "examples", "tokens", "loss", "seconds", "bytes_down", "bytes_up"})
+    SCALARS: ClassVar[frozenset[str]] = frozenset(
+        {"steps", "examples", "tokens", "loss", "seconds", "bytes_down", "bytes_up", "epsilon", "delta"}
+    )
 
     attempt: int
     status: Status

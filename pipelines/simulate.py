@@ -38,6 +38,7 @@ from silotune.components.learning.records import read_records
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.mask import step as mask
 from silotune.components.muster import step as muster
+from silotune.components.policy import Policy
 from silotune.components.preprocess import step as preprocess
 from silotune.components.progress import tell
 from silotune.components.protocol import Commit, Turn, pooled
@@ -212,6 +213,8 @@ class Simulation:
         pad = models.pad_id(models.load_tokenizer(base.folder))
         for silo in self.federation.silos:
             if silo.id in known or silo.id not in agreement.silos or silo.id in commit.missing:
+                continue
+            if (policy := Policy.of(self.federation, silo.id)) and not policy.scores:
                 continue
             if model is None:
                 path = self.rounds.fetch_object(commit.outgoing, self._work() / "global.safetensors")

@@ -16,6 +16,7 @@ from silotune.components.progress import Pulse, beating
 from silotune.components.protocol import Commit, Split
 from silotune.components.rounds import Rounds
 from silotune.components.silo_job import one_at_a_time, silo_home, status_text
+from silotune.components.train.permission import admit
 from silotune.components.train.step import check_terms, evaluate_split, open_split
 
 
@@ -40,6 +41,9 @@ def work(federation_file: str, silo_id: str, turn: str) -> str:
 
 def _score(federation: Federation, rounds: Rounds, latest: Commit, silo: Silo, home: Path, pulse: Pulse) -> str:
     silo_id, agreement = silo.id, rounds.agreement(latest.agreement)
+    policy = admit(federation, agreement, silo_id)
+    if policy and not policy.scores:
+        return status_text(silo_id, "ok", "its policy keeps its scores")
     # The commit names the best by what was known then; the last one is the only other that the last scores can make the best.
     tested = {rounds.commit(0).outgoing, rounds.commit(latest.best).outgoing, latest.outgoing} if silo.test else set()
     shards = {"valid": open_split(home, "valid")} | ({"test": open_split(home, "test")} if silo.test else {})

@@ -24,6 +24,7 @@ from silotune.components.object_store import open_store
 from silotune.components.progress import Pulse, beating
 from silotune.components.rounds import file_digest
 from silotune.components.silo_job import one_at_a_time, silo_home
+from silotune.components.train.permission import admit
 
 
 def run(federation: str, silo: str) -> str:
@@ -46,6 +47,7 @@ def _make_shards(federation: Federation, silo: Silo, home: Path, pulse: Pulse) -
     (home / "data.json").unlink(missing_ok=True)  # if this fails, no later box may work on what was there before
     with beating("fetching"):
         base = base_model.resolve(federation.model.base, home / "base")
+    admit(federation, federation.agreement(base.digest, base.tokenizer), silo_id)
     index = {}
     for split, source, part in _sources(silo):
         try:

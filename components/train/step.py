@@ -15,22 +15,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from silotune.components import base_model, launcher, opening
+from silotune.components.egress import require_update, told_numbers
 from silotune.components.ending import told
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.learning.aggregation.combination import OPTIMIZER
 from silotune.components.learning.aggregation.server_optimizer import CONTROL as CONTROL_VARIATE
+from silotune.components.learning.privacy.accounting import round_mechanism
 from silotune.components.learning.ranks import backend
 from silotune.components.learning.tensor_file import MalformedFile, open_tensor_file, to_bytes, write_tensor_file
 from silotune.components.learning.update import Codec, Header, read_header, write_update
 from silotune.components.nodes import LOOK, Layout, NodeLost, Table, raised
+from silotune.components.policy import Policy
 from silotune.components.progress import Pulse, beat, beating
 from silotune.components.protocol import Evaluation, Plan, Report, Split, Turn, UpdateManifest
 from silotune.components.rounds import Rounds
 from silotune.components.secure_records import has_trained
 from silotune.components.secure_silo import UPDATE, SiloPart
 from silotune.components.silo_job import one_at_a_time, silo_home, status_text
-from silotune.components.train import workers
+from silotune.components.train import permission, workers
 from silotune.components.train.memory import own_sum
 from silotune.components.train.order import CHECKPOINT, COMMON, CONTROL, INCOMING, OWN, Order, learn, open_split
 
@@ -79,14 +82,18 @@ def work(federation_file: str, silo_id: str, turn_text: str) -> str:
         if isinstance(header, str):
             rounds.write_report(Report(round=turn.round, attempt=turn.attempt, silo=silo_id, status="late", reason=header))
             return status_text(silo_id, "late", header)
+        agreement, policy = rounds.agreement(plan.agreement), Policy.of(federation, silo_id)
+        schema = rounds.json_object(plan.participants[silo_id].tensors)
+        require_update(home / UPDATE, plan, federation.name, silo_id, schema, agreement.communication.codec, policy)
         took, down = time.monotonic() - began, rounds.object_size(plan.incoming)
         if part:  # the update stays here, for the mask box
             part.advertise()
             numbers = {"seconds": took, "bytes_down": float(down)}
-            rounds.write_report(Report(round=turn.round, attempt=turn.attempt, silo=silo_id, status="ok", numbers=numbers))
         else:
             manifest = rounds.write_update(_manifest(rounds, plan, header, home / UPDATE))
-            rounds.write_report(_report(turn, manifest, took, down))
+            numbers = _numbers(manifest, took, down)
+        numbers = told_numbers(numbers | permission.bound(federation, agreement, silo_id, policy), policy)
+        rounds.write_report(Report(round=turn.round, attempt=turn.attempt, silo=silo_id, status="ok", numbers=numbers))
         (home / CHECKPOINT).unlink(missing_ok=True)
     return status_text(silo_id, "ok")
 
@@ -179,6 +186,9 @@ def _train(
     with beating("loading"):
         base = base_model.resolve(federation.model.base, home / "base")
         check_terms(federation, agreement, base, silo_id)
+        train = open_split(home, "train")
+        mechanism = round_mechanism(agreement.privacy, agreement.training_of(silo_id), len(train)) if agreement.privacy.of_records else None
+        policy = permission.permit(federation, rounds, plan, agreement, silo_id, train.digest, mechanism)
         pad = models.pad_id(models.load_tokenizer(base.folder))
         rounds.fetch_object(plan.incoming, home / INCOMING)
     terms = agreement.training_of(silo_id)
@@ -188,6 +198,7 @@ def _train(
     _write_control(rounds, plan, agreement, silo_id, home)
     splits = {split: open_split(home, split).digest for split in ("train", "valid")}
     scored = rounds.evaluation(plan.incoming, silo_id, "valid", splits["valid"])
+    silent = policy is not None and not policy.scores
 
     def on_score(score: Score) -> None:
         if _write_score(rounds, score, plan.incoming, silo_id, "valid", splits["valid"], plan.round).loss_sum is None:
@@ -202,7 +213,7 @@ def _train(
         model=agreement.model, strategy=agreement.aggregation.strategy, rank=agreement.rank_of(silo_id), mu=agreement.aggregation.mu, terms=terms, learning_rate=plan.learning_rate, max_length=agreement.data["max_length"], pad=pad,
         cursor=plan.participants[silo_id].cursor, split_digests=splits, every=federation.rounds.checkpoint_every,
         dropout_seed=seed_of(agreement.federation, terms.seed, plan.round, silo_id, "dropout"),
-        score=None if scored else (evaluation.max_examples, evaluation.batch_size, seed),
+        score=None if scored or silent else (evaluation.max_examples, evaluation.batch_size, seed),
         # What a killed training resumes from holds only where nothing has changed that it depends on.
         identity=hashlib.sha256(canonical_json([plan.digest, silo_id, splits["train"]])).hexdigest(),
         reserve=RESERVE * (federation.deadline_seconds or 0.0),
@@ -303,12 +314,11 @@ def _write_score(rounds: Rounds, score: Score, outgoing: str, silo_id: str, spli
     )
 
 
-def _report(turn: Turn, manifest: UpdateManifest, seconds: float, bytes_down: int) -> Report:
-    numbers = {
+def _numbers(manifest: UpdateManifest, seconds: float, bytes_down: int) -> dict[str, float]:
+    return {
         "steps": manifest.steps, "examples": manifest.examples, "tokens": manifest.tokens, "loss": manifest.loss, "seconds": seconds,
         "bytes_up": manifest.bytes, "bytes_down": bytes_down,
     }  # fmt: skip
-    return Report(round=turn.round, attempt=turn.attempt, silo=manifest.silo, status="ok", numbers=numbers)
 
 
 if __name__ == "__main__":
