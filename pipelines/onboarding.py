@@ -113,6 +113,8 @@ def write_silo(
     shutil.copyfile(federation.file, folder / "federation.yaml")
     (folder / "iam-policy.json").write_text(json.dumps(policy, indent=2) + "\n")
     (folder / "probe.yaml").write_text(handout("probe.yaml").format(namespace=namespace))
+    logs = f"{silo.storage}/{federation.name}/logs"
+    (folder / "logs.yaml").write_text(handout("logs.yaml").format(namespace=namespace, image=images[0], logs=logs, mount=MOUNT))
     (folder / "README.md").write_text(_readme(federation, silo, account, images, store_cidrs, endpoint, own_cluster))
     return sorted(path for path in folder.rglob("*") if path.is_file())
 

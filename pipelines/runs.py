@@ -165,5 +165,6 @@ def silo_logs(federation: Federation) -> list[str]:
     for silo in federation.silos:
         place = silo.placement
         where = f" (volume of namespace {place.namespace})" if place.namespace else ""
-        lines.append(f"{silo.id}: {silo.storage}/{federation.name}/logs{where}; they never leave the silo")
+        how = "; its people read them with logs.yaml of the silo's folder (`silotune onboard`)" if federation.launcher == "job" else ""
+        lines.append(f"{silo.id}: {silo.storage}/{federation.name}/logs{where}, and they never leave the silo{how}")
     return lines

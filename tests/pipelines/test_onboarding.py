@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +133,27 @@ def test_the_probe_of_the_network_is_a_pod_like_any_job(onboard: Callable[..., P
     assert rules.broken([*build(folder), probe]) == []
     assert probe["metadata"]["labels"] == job["spec"]["template"]["metadata"]["labels"]
     assert "probe.yaml" not in yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"]
+
+
+def test_the_silos_own_people_can_read_its_logs(onboard: Callable[..., Path], build: Any, tmp_path: Path) -> None:
+    folder = onboard()
+    pod = yaml.safe_load((folder / "logs.yaml").read_text())
+    kubernetes_validate.validate(pod, "1.34", strict=True)
+    assert rules.broken([*build(folder), pod]) == []
+    assert not any(flow.get("spec", {}).get("podSelector", {}).get("matchLabels", {}).items() <= pod["metadata"]["labels"].items()
+                   for flow in build(folder) if flow["kind"] == "NetworkPolicy" and flow["metadata"]["name"] != "default-deny")  # fmt: skip
+    (container,) = pod["spec"]["containers"]
+    (mount,) = container["volumeMounts"]
+    *command, script, logs = container["command"]
+    assert (container["image"], mount["readOnly"], command, logs) == (IMAGE, True, ["python", "-c"], "/silo/north/trial/logs")
+
+    for age, (name, count) in enumerate([("train", 300), ("preprocess", 1)]):
+        log = tmp_path / "logs" / f"{name}.log"
+        log.parent.mkdir(exist_ok=True)
+        log.write_text("".join(f"{name} {i}\n" for i in range(count)))
+        os.utime(log, (1000 - age, 1000 - age))
+    said = subprocess.run([sys.executable, "-c", script, str(tmp_path / "logs")], capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == ["--- preprocess.log", "preprocess 0", "--- train.log", *(f"train {i}" for i in range(100, 300))]
 
 
 def test_its_policy_admits_the_launchers_job_and_not_anothers(onboard: Callable[..., Path], build: Any, job: Any) -> None:
