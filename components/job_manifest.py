@@ -132,9 +132,12 @@ def job_of(federation: Federation, silo_id: str, box: str, turn_text: str = "", 
     }
 
 
+WITHOUT_GPU = ("share", "mask", "unmask")  # the boxes of a secure sum
+
+
 def share(p: Placement, box: str) -> tuple[int, int]:
     """(GPUs per pod, pods) of a box: one process on one GPU does all but training, and no GPU is of use to a secure sum."""
-    if box in ("share", "mask", "unmask"):
+    if box in WITHOUT_GPU:
         return 0, 1
     return (p.gpus, p.nodes) if box == "train" else (min(p.gpus, 1), 1)
 

@@ -1,6 +1,7 @@
 """What a silo keeps to itself for secure sums, in its own folder: the secrets of an attempt, and what it has done with them.
 
     secagg/00003-1.json         the attempt's secrets: fresh from the system's random numbers, never of a seed
+    secagg/00003-noise          what the round's noise is drawn from: the same in all its attempts
     secagg/00003-1.masked       which vector they cover: they cover no second one
     secagg/opened.json          every set of survivors that it has helped to open
 
@@ -10,6 +11,7 @@ under the same masks, or the sums of two sets of silos, would show by their diff
 
 from __future__ import annotations
 
+import hmac
 import json
 import os
 from pathlib import Path
@@ -48,6 +50,7 @@ class Opened(Section):
     cursor: int = Field(description="Cursor after it.")
     survivors: list[str]
     summed: bool = Field(description="Whether the silo's own update is in it.")
+    rho: float = Field(description="What it costs of the promise about silos, in concentrated differential privacy.")
 
 
 class MaskSecrets:
@@ -73,6 +76,14 @@ class MaskSecrets:
             raise RefusedError(
                 f"{self._folder}: holds no secrets of round {number}, attempt {attempt}; take part in the next attempt", "mask secrets gone"
             ) from None
+
+    def noise(self, number: int, plan: str) -> bytes:
+        """32 bytes for the noise of a plan's update, made where there are none. Another attempt sends the same update with the same noise: with
+        fresh noise each time, the noise could be averaged out."""
+        path = self._folder / f"{number:05d}-noise"
+        if not path.exists():
+            self._keep(path, os.urandom(32))
+        return hmac.digest(path.read_bytes(), f"noise {plan}".encode(), "sha256")
 
     def cover(self, number: int, attempt: int, covered: Covered) -> None:
         """Before a vector leaves. Raises RefusedError where these masks have covered another one."""
@@ -117,7 +128,7 @@ class MaskSecrets:
                     "what neither does",
                     "second survivor set",
                 )
-        if wanted not in known:
+        if all(old.round != wanted.round or old.attempt != wanted.attempt for old in known):
             self._keep(self._folder / "opened.json", canonical_json([o.model_dump() for o in (*known, wanted)]))
 
     def forget(self, before: int) -> None:

@@ -120,6 +120,7 @@ class SiloPart:
 
     def mask(self) -> bool:
         """Send the update, as whole numbers under masks, where it has not been sent or was damaged in the store."""
+        from silotune.components.learning.privacy.discrete_gaussian import Noise
         from silotune.components.learning.privacy.fixed_point import clipping_factor
         from silotune.components.learning.privacy.masked_vector import numbers, write_vector
 
@@ -136,16 +137,18 @@ class SiloPart:
         if header is None:
             raise self._refused("holds no update that answers this plan; train again", "no update")
         self.secrets.require_fresh(self.plan.participants[self.silo].cursor, self.secure.number)
+        self._cost()
         update = open_tensor_file(self.home / UPDATE)
         schema = rounds.json_object(self.plan.participants[self.silo].tensors)
         if {n: list(e.shape) for n, e in update.entries.items()} != schema:
             raise self._refused("its update has other tensors than the plan asks for; train again", "other tensors")
         with beating("masking"):
-            point = secure_terms.fixed_point(self.agreement)
+            point = secure_terms.fixed_point(self.agreement, schema)
             norm = sum(sum_of_squares(update.read(name)) for name in update.entries) ** 0.5
             factor = clipping_factor(norm, point.clip) * secure_terms.weight(self.agreement, self.silo)
             path = self.home / VECTOR
-            digest = write_vector(path, numbers(update, point, factor), self._masks(roster, peers))
+            noise = Noise(self.secrets.noise(self.secure.number, self.secure.plan), point.noise) if point.noise else None
+            digest = write_vector(path, numbers(update, point, factor, noise), self._masks(roster, peers))
             self.secrets.cover(self.secure.number, self.secure.attempt, Covered(roster=roster.digest, object=digest))
             rounds.put_object(path, self.silo)
         size = path.stat().st_size
@@ -169,7 +172,7 @@ class SiloPart:
             Opened(
                 round=self.secure.number, attempt=self.secure.attempt, start=participant.cursor, survivors=sorted(survivors.members),
                 cursor=header.cursor if header else participant.cursor + secure_terms.examples(self.agreement, self.silo),
-                summed=self.silo in survivors.members,
+                summed=self.silo in survivors.members, rho=self._cost(),
             )
         )  # fmt: skip
         seeds = {silo: seed.hex() for silo, (seed, _) in shares.items() if silo in survivors.members}
@@ -184,6 +187,15 @@ class SiloPart:
         except (MalformedFile, FileNotFoundError):
             return None
         return header if header.plan == self.plan.digest else None
+
+    def _cost(self) -> float:
+        """What this sum costs of the promise about silos. Raises RefusedError where too little is left, by what the silo itself has helped to open."""
+        schema = self.secure.rounds.json_object(self.plan.participants[self.silo].tensors)
+        if not (cost := secure_terms.silo_rho(self.agreement, schema)):
+            return 0.0
+        before = sum(old.rho for old in self.secrets.opened() if old.summed and old.round != self.secure.number)
+        secure_terms.require_left(self.agreement, before, cost, f"silo {self.silo!r}")
+        return cost
 
     # What is verified
 

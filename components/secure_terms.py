@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from silotune.components.errors import FederationError
+from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Agreement
 from silotune.components.learning.privacy.fixed_point import FixedPoint
 from silotune.components.privacy_terms import SecureAggregation, threshold_of
 
+Schema = Mapping[str, Sequence[int]]  # tensor name -> shape
+NOISY_BITS = 20
+CLOSE = 1e-6  # relative: rounds that were planned for add up to the promise but for rounding
 LEAST = 3  # silos in a sum: of two, each can take away its own
 
 
@@ -48,15 +51,70 @@ def weight(agreement: Agreement, silo: str) -> float:
     return examples(agreement, silo) / max(examples(agreement, other) for other in agreement.silos)
 
 
-def fixed_point(agreement: Agreement) -> FixedPoint:
-    """How numbers become whole ones. Raises FederationError where no ring holds the sum."""
+def size_of(schema: Schema) -> int:
+    """Numbers in tensors of these shapes."""
+    return sum(math.prod(shape) for shape in schema.values())
+
+
+def fixed_point(agreement: Agreement, schema: Schema) -> FixedPoint:
+    """How numbers become whole ones. Raises FederationError where no ring holds the sum, or no noise keeps the promise."""
     clip = agreement.aggregation.clip
     try:
-        return FixedPoint((clip and clip.norm) or 0.0, terms_of(agreement).bits, len(agreement.silos))
+        noise = _noise(agreement, size_of(schema))
+        return FixedPoint((clip and clip.norm) or 0.0, _bits(agreement), len(agreement.silos), noise)
     except ValueError as error:
         raise FederationError(f"privacy.secure_aggregation: {error}") from None
 
 
-def vector_bytes(agreement: Agreement, schema: Mapping[str, Sequence[int]]) -> int:
+def vector_bytes(agreement: Agreement, schema: Schema) -> int:
     """Of a masked vector of these tensors."""
-    return sum(math.prod(shape) for shape in schema.values()) * fixed_point(agreement).width // 8
+    return size_of(schema) * fixed_point(agreement, schema).width // 8
+
+
+def _noise(agreement: Agreement, numbers: int) -> int:
+    """Scale of the noise that each silo adds, in quanta; 0 where none is promised. Enough comes of the fewest silos that a sum can have."""
+    silo = agreement.privacy.silo
+    if silo is None:
+        return 0
+    from silotune.components.learning.privacy.discrete_gaussian import scale_for
+
+    return scale_for(silo.epsilon, silo.delta, agreement.privacy.rounds or 1, _bits(agreement), numbers, least(agreement))
+
+
+def _bits(agreement: Agreement) -> int:
+    """Under noise, a finer quantum would add nothing but digits of noise."""
+    return min(terms_of(agreement).bits, NOISY_BITS) if agreement.privacy.silo else terms_of(agreement).bits
+
+
+def silo_rho(agreement: Agreement, schema: Schema) -> float:
+    """What one sum costs of the promise about silos, in concentrated differential privacy; 0 where none is made."""
+    if agreement.privacy.silo is None:
+        return 0.0
+    from silotune.components.learning.privacy.discrete_gaussian import concentrated_rho
+
+    point = fixed_point(agreement, schema)
+    return concentrated_rho(point.bits, size_of(schema), least(agreement), point.noise)
+
+
+def require_left(agreement: Agreement, spent: float, more: float, who: str) -> float:
+    """ε of all sums with one more, at the promised δ.
+
+    Args:
+        spent: `silo_rho` of the sums that may have been opened before, added up.
+        more: that of the one to come.
+
+    Raises:
+        RefusedError: it would be above the promised one.
+    """
+    from silotune.components.learning.privacy.discrete_gaussian import concentrated_epsilon
+
+    silo = agreement.privacy.silo
+    assert silo is not None
+    found = concentrated_epsilon(spent + more, silo.delta)
+    if found > silo.epsilon * (1 + CLOSE):
+        raise RefusedError(
+            f"{who}: privacy.silo: another sum would bring epsilon to {found:.4g}, and {silo.epsilon:g} at delta {silo.delta:g} is promised; "
+            "raise it, if all agree, or stop here",
+            "silo privacy spent",
+        )
+    return found

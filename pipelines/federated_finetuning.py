@@ -62,7 +62,7 @@ def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = 
         task = _named(component(silo=silo, **arguments), f"{component.name} {silo}")
         if images:
             return task.set_container_image(images.silo).set_env_variable(PARTY_VARIABLE, silo)
-        return place(task, federation, silo, coordinator_image=federation.coordinator_image) if placed else task
+        return place(task, federation, silo, component.name, coordinator_image=federation.coordinator_image) if placed else task
 
     def of_coordinator(component: Any, number: str = "", **arguments: Any) -> Any:
         task = _named(component(**arguments), f"{component.name} {number}".rstrip())

@@ -1,7 +1,7 @@
 """Placement: what a task needs from the cluster, said to KFP when the pipeline is compiled, as constants.
 
     place(task, federation, silo)                  a silo's task: with launcher: pod, it trains; with launcher: job, it launches and watches
-    place_coordinator(task, federation, box)       initialize, combine, aggregate, export
+    place_coordinator(task, federation, box)       initialize, muster, combine, aggregate, export
 
 With ``launcher: job`` a placement is about the silo's Job, and goes to the silo's cluster (`job_manifest`); the task here is small, runs the
 coordinator's image, and gets the silo's kubeconfig where it names one. With ``launcher: pod`` the same words are about the task's own pod.
@@ -13,7 +13,7 @@ Who gets what, of what lies in the namespace of the pipeline's runs (`k8s/base/c
     all tasks                         the federation file; where the store is
     launchers                         S3 credentials
     initialize, aggregate, export     S3 credentials, the signing key, MLflow's user where tracking.uri is a server
-    combine                           S3 credentials, the signing key
+    muster, combine                   S3 credentials, the signing key
     initialize, export                the coordinator's claims
     export                            a token for Kubeflow's API, where its namespace hands one out
 
@@ -51,10 +51,13 @@ MLFLOW = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 KFP_TOKEN = ("access-ml-pipeline", "true")  # label that Kubeflow's PodDefault, where a profile has one, mounts a token into
 
 
-def place(task: PipelineTask, federation: Federation, silo_id: str, *, coordinator_image: str | None = None) -> PipelineTask:
-    """Place one silo's task (preprocess, train or evaluate).
+def place(
+    task: PipelineTask, federation: Federation, silo_id: str, box: str = "train", *, coordinator_image: str | None = None
+) -> PipelineTask:  # fmt: skip
+    """Place one silo's task.
 
     Args:
+        box: what it does; the boxes of a secure sum have no use for GPUs.
         coordinator_image: of the launcher, by digest; default: the one the component names.
 
     Raises:
@@ -62,7 +65,7 @@ def place(task: PipelineTask, federation: Federation, silo_id: str, *, coordinat
     """
     silo = federation.silo(silo_id)
     task.set_env_variable(LAUNCHER_VARIABLE, federation.launcher)
-    return place_launcher(task, federation, silo, coordinator_image) if federation.launcher == "job" else place_work(task, silo)
+    return place_launcher(task, federation, silo, coordinator_image) if federation.launcher == "job" else place_work(task, silo, box)
 
 
 def place_launcher(task: PipelineTask, federation: Federation, silo: Silo, image: str | None) -> PipelineTask:
@@ -90,7 +93,7 @@ def place_coordinator(task: PipelineTask, federation: Federation, box: str, *, i
     """Place one of the coordinator's own tasks.
 
     Args:
-        box: ``initialize``, ``combine``, ``aggregate`` or ``export``.
+        box: ``initialize``, ``muster``, ``combine``, ``aggregate`` or ``export``.
         image: of the task, by digest; default: the one the component names.
 
     Raises:
@@ -112,11 +115,11 @@ def place_coordinator(task: PipelineTask, federation: Federation, box: str, *, i
     _give_credentials(task, place.s3_secret, tuple(job_manifest.KEYS))
     kubernetes.use_secret_as_volume(task, secret_name=place.keys_secret, mount_path=KEYS_FOLDER, optional=True)
     task.set_env_variable(FOLDER_VARIABLE, KEYS_FOLDER)
-    if box != "combine" and federation.tracking.uri.startswith(("http://", "https://")):
+    if box not in ("muster", "combine") and federation.tracking.uri.startswith(("http://", "https://")):
         _give_credentials(task, place.mlflow_secret, MLFLOW)
     if box in ("initialize", "export"):
         _mount_claims(task, place.claims)
-    if box == "combine":  # a round must not fail for want of it
+    if box in ("muster", "combine"):  # a round must not fail for want of it
         _retry(task)
     if box == "export":
         task.set_env_variable(API_VARIABLE, place.kfp_api)
@@ -124,7 +127,7 @@ def place_coordinator(task: PipelineTask, federation: Federation, box: str, *, i
     return task
 
 
-def place_work(task: PipelineTask, silo: Silo) -> PipelineTask:
+def place_work(task: PipelineTask, silo: Silo, box: str = "train") -> PipelineTask:
     """The task does the silo's work: on its nodes, with its image, volumes and secrets."""
     _refuse_what_a_task_cannot_have(silo)
     who, place = f"silo {silo.id!r}: placement", silo.placement
@@ -133,10 +136,11 @@ def place_work(task: PipelineTask, silo: Silo) -> PipelineTask:
         task.set_container_image(place.image)
     _choose_nodes(task, place.node_selector, place.tolerations)
     _choose_by_affinity(task, silo)
-    if place.gpus:
-        task.set_accelerator_type(place.gpu_type).set_accelerator_limit(place.gpus)
-    if place.gpus > 1:
-        task.set_env_variable("PET_NPROC_PER_NODE", str(place.gpus))  # train's alone to heed
+    gpus = 0 if box in job_manifest.WITHOUT_GPU else place.gpus
+    if gpus:
+        task.set_accelerator_type(place.gpu_type).set_accelerator_limit(gpus)
+    if gpus > 1:
+        task.set_env_variable("PET_NPROC_PER_NODE", str(gpus))  # train's alone to heed
     if place.cpu:
         _set_cpu(task, f"{who}.cpu", place.cpu)
     if place.memory:

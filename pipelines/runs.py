@@ -12,7 +12,7 @@ from silotune.components.federation import Federation
 from silotune.pipelines.kfp_api import Cluster, experiment_of, get_text, pages, speaking, words_of
 
 GOING = ("RUNTIME_STATE_UNSPECIFIED", "PENDING", "RUNNING", "PAUSED", "CANCELING")
-COORDINATOR_TASKS = ("initialize", "combine", "aggregate", "export")
+COORDINATOR_TASKS = ("initialize", "muster", "combine", "aggregate", "export")
 
 
 @dataclass(frozen=True)

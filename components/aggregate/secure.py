@@ -75,7 +75,7 @@ def secure_sum(rounds: Rounds, plan: Plan, agreement: Agreement, survivors: Surv
     masks = _masks(secure, agreement, survivors)
     path = folder / SUM
     try:
-        write_sum(path, vectors, masks, secure_terms.fixed_point(agreement), schema)
+        write_sum(path, vectors, masks, secure_terms.fixed_point(agreement, schema), schema)
     except VectorDamaged as error:
         rounds.store.delete(rounds.object_key(records[error.silo].object, error.silo))  # what is there, is not written
         raise RefusedError(f"round {plan.round} stays open: {error}", error.reason) from None

@@ -12,7 +12,7 @@ import math
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from silotune.components import audit, child, opening, secure_records, secure_terms, tracking
@@ -204,7 +204,10 @@ def _summed_securely(
         outgoing = rounds.put_object(Path(folder) / OUTGOING)
         server_state = carried.put(rounds, made)
     contributions = opened.contributions(plan, agreement)
-    return _commit(federation, rounds, latest, plan, turn, Result(made, contributions, survivors.missing, outgoing, server_state))
+    promises, silo = {}, agreement.privacy.silo
+    if silo and (epsilon := secure_records.silo_epsilon_with(rounds, plan, agreement)) is not None:
+        promises = {"silo epsilon": epsilon, "silo delta": silo.delta}
+    return _commit(federation, rounds, latest, plan, turn, Result(made, contributions, survivors.missing, outgoing, server_state, promises))
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,7 @@ class Result:
     missing: dict[str, str]
     outgoing: str
     server_state: dict[str, str]
+    promises: dict[str, float] = field(default_factory=dict)  # what is kept of the promise about silos
 
 
 def _commit(federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, turn: Turn, result: Result) -> Commit:
@@ -236,7 +240,7 @@ def _commit(federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, 
         outgoing=result.outgoing,
         best=latest.round if best is None else best,
         learning_rate=plan.learning_rate,
-        guards=_guards(plan, result.outgoing, result.contributions, result.made),
+        guards=_guards(plan, result.outgoing, result.contributions, result.made) | result.promises,
         server_state=result.server_state,
         spectrum=carried.spectrum_of(result.made),
         converged=bool(until and opening.has_converged(scores, until)),

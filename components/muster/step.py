@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from silotune.components import child, opening, secure_terms
+from silotune.components import child, opening, secure_records, secure_terms
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation
 from silotune.components.progress import tell
@@ -81,6 +81,7 @@ class Muster:
         """Those whose keys are there; silos that show the same key are all left out."""
         if self.secure.roster("share"):
             return True
+        secure_records.silo_epsilon_with(self.secure.rounds, self.plan, self.agreement)
         found = self._found(MaskKeys, self.plan.participants)
         shown = Counter(key for record in found.values() for key in (record.sealing, record.masking))
         members = {}

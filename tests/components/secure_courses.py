@@ -34,8 +34,10 @@ TERMS: dict[str, Any] = {
 class SecureCourse(Deliveries):
     """A federation with round 1 open."""
 
-    def __init__(self, folder: Path, silos: tuple[str, ...] = ("ada", "bo", "cy", "di"), **sections: Any) -> None:
-        super().__init__(folder, silos, SHAPES, **(TERMS | sections))
+    def __init__(
+        self, folder: Path, silos: tuple[str, ...] = ("ada", "bo", "cy", "di"), shapes: dict[str, tuple[int, ...]] = SHAPES, **sections: Any
+    ) -> None:
+        super().__init__(folder, silos, shapes, **(TERMS | sections))
 
     @property
     def number(self) -> int:

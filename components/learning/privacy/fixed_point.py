@@ -5,16 +5,19 @@ A number x of an update is sent as round(w·x / q), where the quantum q is the c
 They are added modulo 2^32 or 2^64, as unsigned numbers. The sum is read as a signed one, and is the true one, if n·2^bits < 2^31 or 2^63: the
 narrower ring is taken where that holds.
 
-The error of a silo's number is at most half a quantum, of the sum's n halves.
+The error of a silo's number is at most half a quantum, of the sum's n halves. Where silos add noise (`discrete_gaussian`), the ring also holds
+`TAILS` standard deviations of the sum's noise, beyond which no draw will ever be.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 WIDTHS = (32, 64)
+TAILS = 12  # a normal number is further off with probability 2^-108
 BLOCK = 1 << 15  # numbers worked on at a time, so that all that is made of them stays in the processor's cache
 
 
@@ -29,11 +32,12 @@ class FixedPoint:
     clip: float  # L2 norm of an update at most
     bits: int  # the clip is 2^bits quanta
     silos: int  # whose numbers are added at most
+    noise: int = 0  # standard deviation of the noise that each silo adds, in quanta
 
     def __post_init__(self) -> None:
         if not (self.clip > 0 and self.bits >= 1 and self.silos >= 1):
             raise ValueError(f"clip, bits and silos: must be positive, got {self.clip}, {self.bits}, {self.silos}")
-        if self.silos << self.bits >= 1 << (WIDTHS[-1] - 1):
+        if self.reach >= 1 << (WIDTHS[-1] - 1):
             raise ValueError(f"bits: the sum of {self.silos} silos' numbers of {self.bits} bits does not fit into 64 bits; lower bits")
 
     @property
@@ -41,9 +45,14 @@ class FixedPoint:
         return self.clip / (1 << self.bits)
 
     @property
+    def reach(self) -> int:
+        """What the sum's numbers lie within, either side of zero."""
+        return (self.silos << self.bits) + math.ceil(TAILS * math.sqrt(self.silos) * self.noise)
+
+    @property
     def width(self) -> int:
         """Bits of the ring's numbers."""
-        return next(width for width in WIDTHS if self.silos << self.bits < 1 << (width - 1))
+        return next(width for width in WIDTHS if self.reach < 1 << (width - 1))
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:

@@ -20,6 +20,7 @@ import numpy as np
 from silotune.components.errors import RefusedError
 from silotune.components.learning.aggregation.summation import windows
 from silotune.components.learning.blob import Blob
+from silotune.components.learning.privacy.discrete_gaussian import Noise
 from silotune.components.learning.privacy.fixed_point import FixedPoint
 from silotune.components.learning.privacy.masking import BLOCK, Mask, masked, scratch
 from silotune.components.learning.tensor_file import TensorFile, tensor_writer
@@ -45,12 +46,19 @@ class Vector:
     digest: str  # SHA-256 of its bytes
 
 
-def numbers(update: TensorFile, point: FixedPoint, factor: float) -> Iterator[np.ndarray]:
-    """An update's whole numbers, in order, in blocks; see `FixedPoint.encode`."""
+def numbers(update: TensorFile, point: FixedPoint, factor: float, noise: Noise | None = None) -> Iterator[np.ndarray]:
+    """An update's whole numbers, in order, in blocks; see `FixedPoint.encode`.
+
+    Args:
+        noise: is added to them.
+    """
     for window in windows(update):
         for piece in window:
             for start in range(piece.start, piece.stop, BLOCK):
-                yield point.encode(update.part(piece.name, start, min(piece.stop, start + BLOCK)), factor)
+                block = point.encode(update.part(piece.name, start, min(piece.stop, start + BLOCK)), factor)
+                if noise is not None:
+                    np.add(block, noise.take(len(block)).astype(point.dtype), out=block)
+                yield block
 
 
 def write_vector(path: Path, blocks: Iterator[np.ndarray], masks: Sequence[Mask]) -> str:
