@@ -5,7 +5,7 @@
 Everything starts from `examples/medquad.yaml` and goes through the Python door. What is compared:
 
     alone         a silo by itself, on the tokens it would have trained on in the federation
-    federated     the file as it is
+    federated     the file with aggregation.strategy fedavg, the plainest; benchmarks/noniid.py compares strategies
     centralised   one model on all records: same rank, as many tokens as all silos together, rates as in --rates, the best by validation
 
 All are scored on the whole test split of every silo; for the single models the learning rate is the centralised one's best. Finished parts
@@ -50,6 +50,7 @@ def seeded_file(given: argparse.Namespace, seed: int) -> Path:
     terms["training"]["seed"] = seed
     terms["training"]["learning_rate"] = float(terms["training"]["learning_rate"])
     terms["tracking"] = {"uri": "none"}
+    terms["aggregation"]["strategy"] = "fedavg"
     if given.rounds:
         terms["rounds"]["total"] = given.rounds
     file = folder / "federation.yaml"

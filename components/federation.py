@@ -37,7 +37,7 @@ from silotune.components.placement_terms import Coordinator, Placement
 from silotune.components.privacy_terms import MAX_GRAD_NORM, Privacy
 from silotune.components.round_terms import Quorum, Rounds, seconds
 from silotune.components.section import Fraction, Positive, Section
-from silotune.components.strategies import Aggregation
+from silotune.components.strategies import Aggregation, chosen
 
 SILO_ID = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
 
@@ -270,6 +270,14 @@ class Federation(Section):
     tracking: Tracking = Field(default_factory=Tracking)
     security: Security = Field(default_factory=Security)
     _file: Path = PrivateAttr(default=Path("federation.yaml"))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_strategy(cls, raw: Any) -> Any:
+        """The default follows from other parts of the file."""
+        if isinstance(raw, dict) and isinstance(terms := raw.get("aggregation", {}), dict):
+            return raw | {"aggregation": terms | {"strategy": chosen(raw)}}
+        return raw
 
     @classmethod
     def load(cls, file: str | Path, *, check_files: bool = False) -> Federation:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from silotune.components.section import Positive, Section
-from silotune.components.strategies import STRATEGIES, Aggregation, Strategy
+from silotune.components.strategies import STRATEGIES, Strategy, chosen
 
 MAX_GRAD_NORM = 1.0  # of `training`, unless the file says another
 
@@ -93,8 +93,8 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[str]:
     terms, aggregation, training = (_mapping(raw, key) for key in ("privacy", "aggregation", "training"))
     if not terms:
         return
-    name = aggregation.get("strategy", Aggregation.model_fields["strategy"].default)
-    if name not in STRATEGIES:
+    name = chosen(raw)
+    if not isinstance(name, str) or name not in STRATEGIES:
         return  # told by the field itself
     strategy, weights = STRATEGIES[name], aggregation.get("weights", "examples")
     if terms.get("unit") == "person" and not terms.get("person_field"):

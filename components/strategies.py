@@ -159,13 +159,22 @@ class Clip(Section):
     )
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    """The default is not one value: see `chosen`."""
+    schema.pop("default", None)
+
+
 class Aggregation(Section):
     """How updates become the next global model."""
 
     strategy: Literal[
         "fedavg", "fedprox", "feddyn", "scaffold", "fednova", "fedavgm", "fedadagrad", "fedyogi", "fedadam", "diloco",
         "fedit", "ffa", "rolora", "fed-sb", "flora", "fedex", "product",
-    ] = Field("fedavg", description="See `silotune strategies`.")  # fmt: skip
+    ] = Field(
+        "fedavg", json_schema_extra=_without_default,
+        description="See `silotune strategies`. Default: `product` with LoRA; `fedavg` with full fine-tuning, and where `fan_in`, "
+        "`privacy.silo` or `privacy.secure_aggregation` ask for a plain sum.",
+    )  # fmt: skip
     weights: Literal["examples", "tokens", "uniform"] = Field(
         "examples", description="An update counts by the examples, or response tokens, it has seen, or as one."
     )
@@ -208,12 +217,24 @@ class Aggregation(Section):
         return tuple(tuple(ids[at : at + self.fan_in]) for at in range(0, len(ids), self.fan_in))
 
 
+def chosen(raw: Mapping[str, Any]) -> Any:
+    """The strategy of a federation file, on raw values: what it names, or the one that is used where it names none.
+
+    Of those that need no other learning rate than fedavg's, product did best on silos that differ (docs/benchmarks.md).
+    """
+    terms, model, privacy = (found if isinstance(found := raw.get(key), dict) else {} for key in ("aggregation", "model", "privacy"))
+    if "strategy" in terms:
+        return terms["strategy"]
+    summed = "fan_in" in terms or any(privacy.get(key) is not None for key in ("silo", "secure_aggregation"))
+    return "fedavg" if summed or model.get("method") == "full" else "product"
+
+
 def conflicts(raw: Mapping[str, Any]) -> Iterator[str]:
     """What of a federation file's aggregation cannot hold together, on raw values; each with its place, the rule and the cure."""
     terms = raw.get("aggregation") if isinstance(raw.get("aggregation"), dict) else {}
     assert isinstance(terms, dict)
-    name = terms.get("strategy", Aggregation.model_fields["strategy"].default)
-    if name not in STRATEGIES:
+    name = chosen(raw)
+    if not isinstance(name, str) or name not in STRATEGIES:
         return  # told by the field itself
     strategy = STRATEGIES[name]
     model = raw.get("model") if isinstance(raw.get("model"), dict) else {}

@@ -76,7 +76,7 @@ NOTES = {
     "export.merge": "No effect with `method: full`.",
     "security.keys": "Rotating a key, too, is an amendment.",
 }
-DEFAULTS = {"silos.storage": "`.silotune-private/<id>`", "security.keys": "unset"}
+DEFAULTS = {"silos.storage": "`.silotune-private/<id>`", "security.keys": "unset", "aggregation.strategy": "`product` or `fedavg`"}
 ENTRIES = {"silos": "silos[]", "security.keys": "security.keys.PARTY[]"}  # lists and mappings of sections, and what an entry is called
 
 

@@ -134,7 +134,8 @@ def test_with_less_than_min_fraction_it_is_late_and_goes_on_next_time(make_feder
 
 def test_a_global_that_proves_worse_is_left_behind(make_federation: Any) -> None:
     hot = {"steps": 4, "batch_size": 3, "learning_rate": 3.0}
-    file = make_federation(rounds={"total": 3, "rollback": {"max_loss_increase": 0.2}, "guards": {"norm_band": None}}, training=hot)
+    rounds = {"total": 3, "rollback": {"max_loss_increase": 0.2}, "guards": {"norm_band": None}}
+    file = make_federation(rounds=rounds, training=hot, aggregation={"strategy": "fedavg"})
     one_round(file)
     edit(file, training=TRAINING)  # the cause is mended; that amends the terms from the next round on
     list(Simulation(file).run())

@@ -54,7 +54,7 @@ def test_a_whole_federation(make_federation: Any) -> None:
 
 
 def test_a_round_is_the_weighted_mean_of_what_the_silos_sent(make_federation: Any, tmp_path: Path) -> None:
-    simulation = Simulation(make_federation(rounds={"total": 1}, aggregation={"weights": "tokens"}))
+    simulation = Simulation(make_federation(rounds={"total": 1}, aggregation={"strategy": "fedavg", "weights": "tokens"}))
     list(simulation.run())
     rounds, commit = simulation.rounds, simulation.rounds.commit(1)
     fetched = {d: open_tensor_file(rounds.fetch_object(d, tmp_path / d)).read_all() for d in (commit.incoming or "", commit.outgoing)}

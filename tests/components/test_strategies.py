@@ -38,6 +38,26 @@ def test_every_strategy_can_be_chosen(tmp_path, name):
     assert loaded.aggregation.traits is STRATEGIES[name]
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({}, "product"),
+        ({"ranks": {1: 4}}, "product"),
+        ({"aggregation": {"robust": {"rule": "median"}}}, "product"),
+        ({"aggregation": {"fan_in": 2}}, "fedavg"),
+        ({"model": {"base": "./base", "method": "full"}}, "fedavg"),
+        ({"privacy": {"epsilon": 8}}, "product"),
+        ({"privacy": {"secure_aggregation": {}}, "aggregation": {"clip": {"norm": 1.0}}}, "fedavg"),
+        ({"privacy": {"silo": {"epsilon": 8}}, "aggregation": {"clip": {"norm": 1.0}, "weights": "uniform"}}, "fedavg"),
+        ({"aggregation": {"strategy": "ffa"}}, "ffa"),
+    ],
+)
+def test_where_a_file_names_no_strategy_it_is_the_one_that_did_best_and_can_hold(tmp_path, given, name):
+    federation = Federation.load(written(tmp_path, **given))
+    assert federation.aggregation.strategy == name
+    assert federation.agreement("b", "t").aggregation.strategy == name
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_can_be_chosen_with_product(tmp_path, name):
     robust = {"rule": name, "hostile": 1} | ({"trusted": "silo-0"} if name == "fltrust" else {})
@@ -48,7 +68,7 @@ def test_every_rule_can_be_chosen_with_product(tmp_path, name):
     ("given", "told"),
     [
         ({"model": {"base": "./base", "method": "full"}, "aggregation": {"strategy": "product"}}, "product is for LoRA"),
-        ({"ranks": {1: 4}}, "silos[1].lora.r: must be model.lora.r, 8, with aggregation.strategy"),
+        ({"ranks": {1: 4}, "aggregation": {"strategy": "fedavg"}}, "silos[1].lora.r: must be model.lora.r, 8, with aggregation.strategy"),
         ({"ranks": {1: 16}, "aggregation": {"strategy": "product"}}, "silos[1].lora.r: must be at most model.lora.r, 8, got 16"),
         ({"model": {"base": "./base", "method": "full"}, "ranks": {0: 4}}, "silos[0].lora.r: is for LoRA"),
         ({"aggregation": {"strategy": "fedex"}}, "export.merge: must be true"),
