@@ -104,7 +104,8 @@ def _row(commit: Commit, silo: str, score: Evaluation | None) -> str:
     loss = f"{score.loss:.4f}" if score else ""
     if c := commit.contributions.get(silo):
         norm = "not seen" if c.norm is None else f"{c.norm:.4g}"
-        return f"| {silo} | ok | {c.examples:,} | {c.tokens:,} | {norm} | {loss} |"
+        status = f"weight {c.weight:.3g}: {_plain(c.told)}" if c.told else "ok"
+        return f"| {silo} | {status} | {c.examples:,} | {c.tokens:,} | {norm} | {loss} |"
     return f"| {silo} | {_plain(commit.missing.get(silo, 'not asked'))} | | | | {loss} |"
 
 

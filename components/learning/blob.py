@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -47,3 +50,22 @@ class FileBlob:
             return os.pread(descriptor, max(0, end - start), start)  # on Linux up to 2 GiB at once, which is more than MAPPED
         finally:
             os.close(descriptor)
+
+
+def read_ahead(reads: Iterable[Callable[[], bytes | memoryview]], ahead: int) -> Generator[bytes | memoryview, None, None]:
+    """What some reads return, in their order, up to ``ahead`` of them on their way in threads."""
+    if ahead == 0:
+        for read in reads:
+            yield read()
+        return
+    pool = ThreadPoolExecutor(ahead)
+    underway: deque[Future[bytes | memoryview]] = deque()
+    try:
+        for read in reads:
+            underway.append(pool.submit(read))
+            if len(underway) > ahead:
+                yield underway.popleft().result()
+        while underway:
+            yield underway.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from silotune.components.learning.aggregation import bounds, coordinates, robust, server_optimizer
+from silotune.components.learning.aggregation import coordinates, server_optimizer
 from silotune.components.learning.aggregation.factors import LoraPair
-from silotune.components.learning.aggregation.foolsgold import Likeness, foolsgold
-from silotune.components.learning.aggregation.gram import Gram, updates_gram
+from silotune.components.learning.aggregation.judgement import Judgement, judged
 from silotune.components.learning.aggregation.lora_mean import fedex_mean, flora_mean, pairs_mean, product_mean
 from silotune.components.learning.aggregation.mean import METADATA, ServerState, finish, weigh, weighted_mean
 from silotune.components.learning.aggregation.product import Best
 from silotune.components.learning.aggregation.robust_product import rule_on_products, weighed_product
 from silotune.components.learning.aggregation.server_optimizer import ServerOptimizer
+from silotune.components.learning.aggregation.side_by_side import SideBySide
 from silotune.components.learning.aggregation.spectrum import Spectrum
 from silotune.components.learning.aggregation.summation import Term
 from silotune.components.learning.aggregation.tree import Stored, grouped_mean
@@ -76,18 +76,6 @@ class Combined:
     numbers: dict[str, Any] = field(default_factory=dict)  # carried to the next round
 
 
-@dataclass(frozen=True)
-class _Judgement:
-    """Coefficients cᵢ of Σ cᵢΔᵢ, or a rule for numbers and the factors to apply before it."""
-
-    coefficients: dict[str, float]
-    scores: dict[str, float]
-    told: dict[str, str]
-    numbers: dict[str, Any]
-    rule: coordinates.Rule | None = None
-    factors: dict[str, float] = field(default_factory=dict)  # of the silos that the rule is given
-
-
 def combine(given: Round, updates: Mapping[str, Update], folder: Path, stored: Sequence[Stored] = ()) -> Combined:
     """Write the next global to ``folder``/`OUTGOING`, and beside it what is carried on.
 
@@ -104,18 +92,20 @@ def combine(given: Round, updates: Mapping[str, Update], folder: Path, stored: S
     counts = _counts(terms, updates)
     if terms.robust is None and terms.clip is None and not terms.zeroing:
         return _plain(given, updates, counts, out, stored)
-    judgement = _judged(given, updates, counts)
+    judgement, norms = judged(terms, updates, counts, given.carried.numbers, given.incoming.read)
+    chosen = {silo: update for silo, update in updates.items() if silo in judgement.factors or judgement.coefficients.get(silo)} or updates
+    residuals: dict[str, float] = {}
+    spectra: dict[str, Spectrum] = {}
+    files: dict[str, Path] = {}
     if terms.traits.combine == "product":
-        found = pairs_mean(given.incoming, updates, out, given.scale, lambda _, before, pairs, rest: _product(judgement, before, pairs))
-        norms, change, residuals, spectra = found.norms, found.change, found.residuals, found.spectra
-        files: dict[str, Path] = {}
+        found = pairs_mean(given.incoming, chosen, out, given.scale, lambda _, before, pairs, rest: _product(judgement, before, pairs))
+        read, change, residuals, spectra = found.norms, found.change, found.residuals, found.spectra
     else:
-        norms, change, files = _tensors(given, updates, judgement, out)
-        residuals, spectra = {}, {}
+        read, change, files = _tensors(given, chosen, judgement, out)
     weights = judgement.coefficients or {silo: float(silo in judgement.factors) for silo in sorted(updates)}
     total = math.fsum(weights.values()) or 1.0
     return Combined(
-        {silo: weight / total for silo, weight in weights.items()}, norms, change, judgement.scores, judgement.told, residuals, spectra, files,
+        {silo: weight / total for silo, weight in weights.items()}, norms or read, change, judgement.scores, judgement.told, residuals, spectra, files,
         judgement.numbers,
     )  # fmt: skip
 
@@ -210,101 +200,28 @@ def optimizer_of(terms: Aggregation, participation: float) -> ServerOptimizer:
     return server_optimizer.fedavg()
 
 
-def _judged(given: Round, updates: Mapping[str, Update], counts: Mapping[str, float]) -> _Judgement:
-    """Zeroing, clipping and the robust rule, all from the updates' Gram matrix."""
-    terms = given.terms
-    gram = _gram(given, updates)
-    norms, numbers, stages = gram.norms, {}, []
-    if terms.zeroing:
-        running = _running(given, "zeroing", norms, bounds.ZEROING_QUANTILE, bounds.ZEROING_RATE)
-        stages.append(bounds.zeroing(norms, running))
-        numbers["zeroing"] = running.after(norms).estimate
-    if terms.clip:
-        left = bounds.remaining(norms, stages[0]) if stages else norms
-        if terms.clip.norm is not None:
-            stages.append(bounds.clipping(left, terms.clip.norm))
-        else:
-            running = _running(given, "clip", left, terms.clip.quantile or 0.5, bounds.CLIP_RATE)
-            stages.append(bounds.clipping(left, running.estimate))
-            numbers["clip"] = running.after(left).estimate
-    stage = bounds.composed(norms, *stages)
-    factors, told = stage.factors, dict(stage.told)
-    if terms.robust is None:
-        total = math.fsum(counts.values())
-        return _Judgement({s: counts[s] / total * factors[s] for s in gram.silos}, {}, told, numbers)
-    rule = terms.robust.rule
-    robust.require_enough(rule, len(gram.silos), terms.robust.hostile)
-    if rule in ("median", "trimmed-mean"):
-        by_number = coordinates.median() if rule == "median" else coordinates.trimmed_mean(terms.robust.hostile)
-        return _Judgement({}, {}, told, numbers, by_number, {s: factors[s] for s in gram.silos})
-    verdict = _verdict(given, gram.scaled(factors), counts, numbers)
-    told |= verdict.left_out
-    if rule == "bulyan":
-        chosen = {s: factors[s] for s, c in verdict.coefficients.items() if c > 0}
-        by_number = coordinates.mean_around_median(len(gram.silos) - 4 * terms.robust.hostile)
-        return _Judgement({}, verdict.scores, told, numbers, by_number, chosen)
-    return _Judgement({s: c * factors[s] for s, c in verdict.coefficients.items()}, verdict.scores, told, numbers)
-
-
-def _gram(given: Round, updates: Mapping[str, Update]) -> Gram:
-    """Of what is combined: of products, or of the tensors themselves. Of two factors whose product is harmless each may do harm to a mean of factors."""
-    names = sorted(next(iter(updates.values())).file.entries)
-    products = given.terms.traits.combine == "product"
-    return updates_gram(updates, names, lambda silo, name: updates[silo].tensor(name), given.incoming.read if products else None)
-
-
-def _running(given: Round, name: str, norms: Mapping[str, float], quantile: float, rate: float) -> bounds.RunningQuantile:
-    known = given.carried.numbers.get(name)
-    return bounds.first_quantile(norms, quantile, rate) if known is None else bounds.RunningQuantile(float(known), quantile, rate)
-
-
-def _verdict(given: Round, gram: Gram, counts: Mapping[str, float], numbers: dict[str, Any]) -> robust.Verdict:
-    """Of the rules that weigh silos; what they remember goes into ``numbers``."""
-    terms = given.terms.robust
-    assert terms is not None
-    if terms.rule == "norm-bound":
-        return robust.norm_bound(gram, counts, terms.bound)
-    if terms.rule == "krum":
-        return robust.krum(gram, terms.hostile)
-    if terms.rule == "multi-krum":
-        return robust.multi_krum(gram, counts, terms.hostile)
-    if terms.rule == "bulyan":
-        return robust.bulyan_selection(gram, terms.hostile)
-    if terms.rule == "geometric-median":
-        return robust.geometric_median(gram, counts)
-    if terms.rule == "fltrust":
-        return robust.fltrust(gram, str(terms.trusted))
-    known = given.carried.numbers.get("likeness")
-    memory = Likeness(tuple(known["silos"]), np.array(known["total"]), np.array(known["weight"])) if known else None
-    verdict, memory = foolsgold(gram, counts, memory)
-    numbers["likeness"] = {"silos": list(memory.silos), "total": memory.total.tolist(), "weight": memory.weight.tolist()}
-    return verdict
-
-
-def _product(judgement: _Judgement, before: LoraPair, pairs: Mapping[str, LoraPair]) -> Best:
+def _product(judgement: Judgement, before: LoraPair, pairs: Mapping[str, LoraPair]) -> Best:
     if judgement.rule is None:
         return weighed_product(before, pairs, judgement.coefficients)
     return rule_on_products(before, {s: pairs[s] for s in judgement.factors}, judgement.rule, judgement.factors)
 
 
 def _tensors(
-    given: Round, updates: Mapping[str, Update], judgement: _Judgement, out: Path
+    given: Round, updates: Mapping[str, Update], judgement: Judgement, out: Path
 ) -> tuple[dict[str, float], float, dict[str, Path]]:
     """Of tensors that mean the same in all silos: (norms, change, what is carried on)."""
     optimizer, state, files = _server(given, len(updates), out)
     if judgement.rule is None:
-        mean = weighted_mean(
-            given.incoming, updates, judgement.coefficients, out, total=1.0, optimizer=optimizer, state=state, fan_in=given.terms.fan_in
-        )
+        weights = {silo: judgement.coefficients[silo] for silo in updates}
+        mean = weighted_mean(given.incoming, updates, weights, out, total=1.0, optimizer=optimizer, state=state, fan_in=given.terms.fan_in)
         return mean.norms, mean.change, files
-    norms = {silo: update.verify() for silo, update in sorted(updates.items())}
-    chosen, entries = sorted(judgement.factors), next(iter(updates.values())).file.entries
+    reader, chosen, entries = SideBySide(updates), sorted(updates), next(iter(updates.values())).file.entries
+    factors = [judgement.factors[silo] for silo in chosen]
     delta = out.with_name("delta.safetensors")
     with tensor_writer(delta, {n: e.shape for n, e in entries.items()}, "F32", METADATA) as file:
-        for name in sorted(entries):
-            rows = [updates[silo].tensor(name) for silo in chosen]
-            combined = coordinates.combine(rows, judgement.rule, [judgement.factors[s] for s in chosen])
-            file.write(name, to_bytes(combined, "F32"))
+        for name, found in zip(sorted(entries), reader.tensors(sorted(entries)), strict=True):
+            file.write(name, to_bytes(coordinates.combine([found[silo] for silo in chosen], judgement.rule, factors), "F32"))
+    norms = reader.norms()
     one = Term(open_tensor_file(delta), 1.0)
     change = finish(given.incoming, [one], 1.0, len(chosen), out, optimizer, state, given.terms.fan_in, lambda: None)
     delta.unlink()

@@ -18,9 +18,9 @@ adds; a rule's coefficients can differ by as much between kinds of processors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from silotune.components.learning.aggregation.factors import A, B, LoraPair
 BLOCK = 1 << 18  # numbers of all silos together that are multiplied at a time: 1 MiB of float32
 LEAST_SQUARE = 1e-20  # of a silo's block; below, squares of float32 may have vanished
 
-Read = Callable[[str, str], np.ndarray]  # (silo, tensor) -> float32 difference
+Rows = Callable[[Sequence[str]], Iterable[Mapping[str, np.ndarray]]]  # names -> of each in turn, by silo, the float32 differences
 
 
 @dataclass(frozen=True)
@@ -76,30 +76,36 @@ class Gram:
         return Gram(self.silos, self.matrix * np.outer(by, by))
 
 
-def updates_gram(silos: Iterable[str], names: Iterable[str], read: Read, incoming: Callable[[str], np.ndarray] | None = None) -> Gram:
+def updates_gram(silos: Iterable[str], names: Iterable[str], rows: Rows, incoming: Callable[[str], np.ndarray] | None = None) -> Gram:
     """Of whole updates.
 
     Args:
         names: tensors that were trained.
-        read: a silo's difference of a tensor.
+        rows: the silos' differences.
         incoming: a tensor of the incoming global, by name. Where it is given, LoRA's factors count by their product; where not, as tensors.
     """
     order, trained = sorted(silos), sorted(names)
+    factors = sorted((n for n in trained if incoming is not None and n.endswith((A, B))), key=lambda n: (_module(n), n))
     total = np.zeros((len(order), len(order)))
+    reading = iter(rows([*factors, *(n for n in trained if n not in set(factors))]))
     if incoming is not None:
-        for module in sorted({name.removesuffix(A).removesuffix(B) for name in trained if name.endswith((A, B))}):
+        for module, parts in groupby(factors, _module):
+            sent = {name: next(reading) for name in parts}
             pair = LoraPair(incoming(module + B), incoming(module + A))
-            total += product_gram(pair, [difference(silo, module, trained, read, pair) for silo in order])
-    for name in trained:
-        if incoming is None or not name.endswith((A, B)):
-            total += tensor_gram([read(silo, name) for silo in order])
+            total += product_gram(
+                pair, [_difference(sent.get(module + B, {}).get(s), sent.get(module + A, {}).get(s), pair) for s in order]
+            )
+    for found in reading:
+        total += tensor_gram([found[silo] for silo in order])
     return Gram(tuple(order), total)
 
 
-def difference(silo: str, module: str, trained: Container[str], read: Read, incoming: LoraPair) -> LoraPair:
+def _module(name: str) -> str:
+    return name.removesuffix(A).removesuffix(B)
+
+
+def _difference(b: np.ndarray | None, a: np.ndarray | None, incoming: LoraPair) -> LoraPair:
     """What a silo changed in a module's factors; zeros stand for the one that was not trained."""
-    b = read(silo, module + B) if module + B in trained else None
-    a = read(silo, module + A) if module + A in trained else None
     rank = b.shape[1] if b is not None else a.shape[0] if a is not None else incoming.rank
     zero_b, zero_a = np.zeros((len(incoming.b), rank), np.float32), np.zeros((rank, incoming.a.shape[1]), np.float32)
     return LoraPair(zero_b if b is None else b, zero_a if a is None else a)

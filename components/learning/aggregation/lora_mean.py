@@ -10,7 +10,7 @@ already scaled; updates have the pairs only. A global without ``delta`` is one w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,11 @@ import numpy as np
 from silotune.components.learning.aggregation.factors import DELTA, A, B, LoraPair, modules, stacked
 from silotune.components.learning.aggregation.mean import METADATA, ServerState
 from silotune.components.learning.aggregation.product import Best, distance, kept_alive, mean_product
+from silotune.components.learning.aggregation.side_by_side import SideBySide
 from silotune.components.learning.aggregation.spectrum import Spectrum
 from silotune.components.learning.aggregation.stacking import added, begun_anew, mean_factors, product_blocks, rows_of
 from silotune.components.learning.tensor_file import TensorFile, TensorWriter, tensor_writer, to_bytes
-from silotune.components.learning.update import Update, UpdateRefused, norm_matches, sum_of_squares
+from silotune.components.learning.update import Update
 
 REST = "rest."  # before the names of what `product_mean` carries to the next round
 
@@ -83,8 +84,7 @@ def pairs_mean(
         if carry:
             shapes = {REST + name: shape for name, shape in reader.shapes.items()}
             state = files.enter_context(tensor_writer(carry.after, shapes, "F32", METADATA))
-        for module in reader.modules:
-            before, differences = reader.pairs(module)
+        for module, before, differences in reader.pairs():
             carried = _pair(carry.before, REST + module) if carry and carry.before else None
             best = best_of(module, before, differences, carried)
             pair = kept_alive(best.pair, before)
@@ -137,8 +137,7 @@ def _fold(
     shapes = reader.shapes | {m + DELTA: (reader.shapes[m + B][0], reader.shapes[m + A][1]) for m in reader.modules}
     residuals, moved = {}, 0.0
     with tensor_writer(out, shapes, "F32", METADATA) as target:
-        for module in reader.modules:
-            before, differences = reader.pairs(module)
+        for module, before, differences in reader.pairs():
             after = factors(module, before, differences)
             width, energy, missed = before.a.shape[1], 0.0, 0.0
             for rows, block in product_blocks(*stacked(before, differences, weights)):
@@ -159,36 +158,23 @@ def _fold(
 
 
 class _Reader:
-    """The pairs of a global and of updates, module by module; adds up the updates' norms on the way."""
+    """The pairs of a global and of updates, module by module."""
 
     def __init__(self, incoming: TensorFile, updates: Mapping[str, Update]) -> None:
-        if not updates:
-            raise ValueError("there is no update to take a mean of")
-        self._incoming, self._updates = incoming, updates
-        self._squares = dict.fromkeys(sorted(updates), 0.0)
+        self._incoming, self._updates = incoming, SideBySide(updates)
         self.modules = modules(incoming.entries)
         self.shapes = {m + ending: incoming.entries[m + ending].shape for m in self.modules for ending in (A, B)}
-        for silo in self._squares:
+        for silo in sorted(updates):
             if updates[silo].file.entries.keys() != self.shapes.keys():
                 odd = sorted(updates[silo].file.entries.keys() ^ self.shapes.keys())
                 raise ValueError(f"silo {silo!r}: its update must have the global's pairs and nothing else; they differ in {odd[0]!r}")
+        self.norms = self._updates.norms
 
-    def pairs(self, module: str) -> tuple[LoraPair, dict[str, LoraPair]]:
-        differences = {}
-        for silo in self._squares:
-            b, a = self._updates[silo].tensor(module + B), self._updates[silo].tensor(module + A)
-            self._squares[silo] += sum_of_squares(b) + sum_of_squares(a)
-            differences[silo] = LoraPair(b, a)
-        return _pair(self._incoming, module), differences
-
-    def norms(self) -> dict[str, float]:
-        """When all has been read. Raises UpdateRefused where a header tells another norm."""
-        for silo, squares in self._squares.items():
-            header = self._updates[silo].header
-            if not norm_matches(header.norm, squares, header.codec.name):
-                rule = f"its norm is {math.sqrt(squares):.4g}, its header says {header.norm:.4g}"
-                raise UpdateRefused(silo, rule, "send the update again")
-        return {silo: math.sqrt(squares) for silo, squares in self._squares.items()}
+    def pairs(self) -> Iterator[tuple[str, LoraPair, dict[str, LoraPair]]]:
+        """(module, its incoming pair, the silos' differences)."""
+        reading = self._updates.tensors(module + ending for module in self.modules for ending in (A, B))
+        for module, (a, b) in zip(self.modules, zip(reading, reading, strict=True), strict=True):
+            yield module, _pair(self._incoming, module), {silo: LoraPair(b[silo], a[silo]) for silo in b}
 
 
 def _pair(file: TensorFile, module: str) -> LoraPair:

@@ -36,7 +36,7 @@ class Verdict:
 
     coefficients: dict[str, float]  # silo -> cᵢ
     scores: dict[str, float]  # silo -> what the rule judged it by
-    left_out: dict[str, str]  # silo -> why its coefficient is 0
+    told: dict[str, str]  # silo -> why it was left out, or scaled down
 
 
 def least_silos(rule: str, hostile: int) -> int:
@@ -63,9 +63,8 @@ def norm_bound(gram: Gram, weights: Mapping[str, float], bound: float | None = N
     norms = gram.norms
     stage = clipping(norms, float(np.quantile(gram.lengths, quantile)) if bound is None else bound)
     shares = shares_of(gram, weights)
-    return verdict_of(
-        gram, [share * stage.factors[silo] for silo, share in zip(gram.silos, shares, strict=True)], gram.lengths, "its norm is"
-    )
+    kept = {silo: float(share) * stage.factors[silo] for silo, share in zip(gram.silos, shares, strict=True)}
+    return Verdict(kept, norms, stage.told)
 
 
 def krum_scores(distances: np.ndarray, hostile: int) -> np.ndarray:

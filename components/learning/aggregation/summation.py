@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from silotune.components.errors import SilotuneError
+from silotune.components.learning.blob import read_ahead
 from silotune.components.learning.tensor_file import WIDTH, MalformedFile, TensorFile
 from silotune.components.learning.update import Header, Update, UpdateRefused, norm_matches, sum_of_squares
 
@@ -179,7 +179,8 @@ def sums(terms: Sequence[Term], fan_in: int = FAN_IN, groups: Sequence[int] = ()
         raise ValueError("terms: must be of the same tensors")
     levels, ends = Levels(fan_in), set(accumulate(groups))
     scratch = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint32)
-    reading = _read_ahead(terms, max(term.file.blob.ahead for term in terms))
+    wanted = (partial(term.read, window) for window in windows(terms[0].file) for term in terms)
+    reading = read_ahead(wanted, max(term.file.blob.ahead for term in terms))
     try:
         for window in windows(terms[0].file):
             for number, term in enumerate(terms, 1):
@@ -214,26 +215,6 @@ def windows(file: TensorFile) -> Iterator[list[Piece]]:
                 break
     if window:
         yield window
-
-
-def _read_ahead(terms: Sequence[Term], ahead: int) -> Generator[bytes | memoryview, None, None]:
-    """Windows of all terms in the order they are needed, up to ``ahead`` of them on their way in threads."""
-    wanted = ((term, window) for window in windows(terms[0].file) for term in terms)
-    if ahead == 0:
-        for term, window in wanted:
-            yield term.read(window)
-        return
-    pool = ThreadPoolExecutor(ahead)
-    underway: deque[Future[bytes | memoryview]] = deque()
-    try:
-        for term, window in wanted:
-            underway.append(pool.submit(term.read, window))
-            if len(underway) > ahead:
-                yield underway.popleft().result()
-        while underway:
-            yield underway.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class Levels:

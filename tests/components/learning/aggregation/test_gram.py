@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import pytest
 
@@ -74,6 +76,11 @@ def test_other_factors_of_the_same_product_change_nothing(c: float) -> None:
     np.testing.assert_allclose(product_gram(incoming, [first, turned]), product_gram(incoming, [first, second]), rtol=1e-6)
 
 
+def rows(sent: dict[str, dict[str, np.ndarray]], names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+    for name in names:
+        yield {silo: tensors[name].astype(np.float32) for silo, tensors in sent.items()}
+
+
 def test_of_updates_with_plain_tensors_and_factors() -> None:
     rng = np.random.default_rng(5)
     incoming = {"m.lora_B.weight": pair(0).b, "m.lora_A.weight": pair(0).a, "n.lora_B.weight": pair(9).b, "n.lora_A.weight": pair(9).a}
@@ -86,7 +93,7 @@ def test_of_updates_with_plain_tensors_and_factors() -> None:
         }
         for i, silo in enumerate(("west", "east", "north"), 1)
     }
-    found = updates_gram(sent, sent["west"], lambda silo, name: sent[silo][name].astype(np.float32), incoming.__getitem__)
+    found = updates_gram(sent, sent["west"], lambda names: rows(sent, names), incoming.__getitem__)
     assert found.silos == ("east", "north", "west")
     flat = []
     for silo in found.silos:
@@ -95,7 +102,7 @@ def test_of_updates_with_plain_tensors_and_factors() -> None:
         m = change(pair(0), LoraPair(s["m.lora_B.weight"], s["m.lora_A.weight"]))
         flat.append(np.concatenate([m.ravel(), change(pair(9), only_b).ravel(), s["head"].astype(np.float32)]))
     np.testing.assert_allclose(found.matrix, np.stack(flat) @ np.stack(flat).T, rtol=1e-6)
-    plain = updates_gram(sent, ["head"], lambda silo, name: sent[silo][name].astype(np.float32))
+    plain = updates_gram(sent, ["head"], lambda names: rows(sent, names))
     np.testing.assert_allclose(
         plain.matrix, [[np.dot(sent[a]["head"], sent[b]["head"]) for b in plain.silos] for a in plain.silos], rtol=1e-6
     )
@@ -104,7 +111,7 @@ def test_of_updates_with_plain_tensors_and_factors() -> None:
 def test_order_of_arrival_changes_no_byte() -> None:
     rng = np.random.default_rng(6)
     sent = {silo: rng.standard_normal(1000).astype(np.float32) for silo in ("b", "a", "c")}
-    one, other = (updates_gram(order, ["x"], lambda silo, _: sent[silo]) for order in (["b", "a", "c"], ["c", "b", "a"]))
+    one, other = (updates_gram(order, ["x"], lambda _: [sent]) for order in (["b", "a", "c"], ["c", "b", "a"]))
     assert one.silos == other.silos
     assert one.matrix.tobytes() == other.matrix.tobytes()
 

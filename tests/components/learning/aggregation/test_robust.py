@@ -73,8 +73,8 @@ def test_krum_takes_the_update_with_the_least_score(count: int, hostile: int) ->
     best = min(scores, key=scores.__getitem__)
     assert verdict.coefficients == {silo: float(silo == best) for silo in x}
     assert verdict.scores == pytest.approx(scores)
-    assert verdict.left_out.keys() == x.keys() - {best}
-    assert verdict.left_out[max(scores, key=scores.__getitem__)].endswith(f"its own is {max(scores.values()):.3g}")
+    assert verdict.told.keys() == x.keys() - {best}
+    assert verdict.told[max(scores, key=scores.__getitem__)].endswith(f"its own is {max(scores.values()):.3g}")
 
 
 @pytest.mark.parametrize(("count", "hostile"), [(5, 1), (7, 2)])
@@ -103,7 +103,7 @@ def test_bulyan_picks_by_krum_again_and_again(count: int, hostile: int) -> None:
     verdict = bulyan_selection(gram(x), hostile)
     assert {s for s, c in verdict.coefficients.items() if c} == picked
     assert set(verdict.coefficients.values()) == {0.0, 1 / len(picked)}
-    assert verdict.left_out.keys() == left.keys()
+    assert verdict.told.keys() == left.keys()
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 8])
@@ -141,7 +141,9 @@ def test_norm_bound_scales_down_to_the_bound() -> None:
         wanted = np.average(clipped, axis=0, weights=list(weights(x).values()))
         verdict = norm_bound(gram(x), weights(x), bound)
         np.testing.assert_allclose(combined(x, verdict), wanted, rtol=1e-12)
-        assert verdict.left_out == {}
+        assert verdict.told.keys() == {s for s, v in x.items() if np.linalg.norm(v) > limit} != set()
+        assert all(f"the bound is {limit:.3g}" in why for why in verdict.told.values())
+        assert verdict.scores == pytest.approx({s: np.linalg.norm(v) for s, v in x.items()})
 
 
 def test_fltrust_trusts_by_the_cosine_and_takes_the_trusted_norm() -> None:
@@ -152,8 +154,8 @@ def test_fltrust_trusts_by_the_cosine_and_takes_the_trusted_norm() -> None:
     wanted = sum(trust[s] * np.linalg.norm(root) / np.linalg.norm(v) * v for s, v in x.items()) / sum(trust.values())
     verdict = fltrust(gram(x), "s2")
     np.testing.assert_allclose(combined(x, verdict), wanted, rtol=1e-12)
-    assert verdict.left_out.keys() == {"s3"}
-    assert "cosine with the update of s2 must be positive, is -0." in verdict.left_out["s3"]
+    assert verdict.told.keys() == {"s3"}
+    assert "cosine with the update of s2 must be positive, is -0." in verdict.told["s3"]
     with pytest.raises(QuorumError, match="'gone' has not come"):
         fltrust(gram(x), "gone")
 
@@ -178,7 +180,7 @@ def test_foolsgold_against_the_paper() -> None:
     wanted = np.array(reference_foolsgold([gram(x).cosines]))
     np.testing.assert_allclose(list(verdict.coefficients.values()), wanted / wanted.sum(), rtol=1e-5)
     assert verdict.coefficients["s4"] == verdict.coefficients["s5"] == 0
-    assert verdict.left_out.keys() == {"s4", "s5"}
+    assert verdict.told.keys() == {"s4", "s5"}
 
 
 def test_foolsgold_pardons_who_is_like_a_hostile_silo_but_less_so_than_that_one_is() -> None:
