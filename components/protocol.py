@@ -194,10 +194,10 @@ class Spectrum(Section):
     """What the mean products of all adapted modules look like together."""
 
     residual: float = Field(description="Share of their energy that the global's rank does not hold.")
-    effective_rank: float = Field(description="Mean over modules.")
+    effective_rank: float = Field(description="Of what the global holds: as many singular values as its rank. Mean over modules.")
     least_effective_rank: float
     values: list[float] = Field(
-        description="Singular values, each module's scaled to 1 in energy, their mean over modules; as many as the rank."
+        description="Singular values, each module's scaled to 1 in energy, their mean over modules; also those that the global's rank cannot hold."
     )
 
 

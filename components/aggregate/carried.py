@@ -14,6 +14,7 @@ from silotune.components import opening
 from silotune.components.federation import Agreement
 from silotune.components.learning.aggregation.combination import OPTIMIZER, REST, Carried, Combined, Round
 from silotune.components.learning.aggregation.factors import A
+from silotune.components.learning.aggregation.spectrum import collapsed
 from silotune.components.learning.tensor_file import TensorFile, open_tensor_file
 from silotune.components.protocol import Commit, Plan, Spectrum
 from silotune.components.rounds import Rounds
@@ -64,6 +65,17 @@ def put(rounds: Rounds, made: Combined) -> dict[str, str]:
     """Store what goes to the next round; name -> digest."""
     digests = {name: rounds.put_object(path) for name, path in made.files.items()}
     return digests | ({NUMBERS: rounds.put_json_object(made.numbers)} if made.numbers else {})
+
+
+def rank_lost(rounds: Rounds, now: Spectrum) -> str | None:
+    """What to say where adapters of the global have come to use much less of their rank than they once did; None where they have not."""
+    before = max((c.spectrum.least_effective_rank for c in rounds.commits() if c.spectrum), default=0.0)
+    if not collapsed(now.least_effective_rank, before):
+        return None
+    return (
+        f"an adapter's effective rank has fallen to {now.least_effective_rank:.2g} from {before:.2g}; look at aggregate/singular_value in MLflow, "
+        "and lower the learning rate or the rank"
+    )
 
 
 def spectrum_of(made: Combined) -> Spectrum | None:

@@ -223,6 +223,9 @@ class Result:
 
 
 def _commit(federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, turn: Turn, result: Result) -> Commit:
+    spectrum = carried.spectrum_of(result.made)
+    if spectrum and (lost := carried.rank_lost(rounds, spectrum)):
+        tell("aggregate", "warned", detail=f"round {turn.round}: {lost}")
     scores = opening.judged(rounds)
     until = federation.rounds.until
     best = opening.best_of(scores)
@@ -242,7 +245,7 @@ def _commit(federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, 
         learning_rate=plan.learning_rate,
         guards=_guards(plan, result.outgoing, result.contributions, result.made) | result.promises,
         server_state=result.server_state,
-        spectrum=carried.spectrum_of(result.made),
+        spectrum=spectrum,
         converged=bool(until and opening.has_converged(scores, until)),
         bytes_up=sum(c.bytes for c in result.contributions.values()),
         bytes_down=len(result.contributions) * rounds.object_size(plan.incoming),

@@ -258,6 +258,46 @@ def test_folded_into_the_base_the_mean_of_products_is_whole(make_federation: Any
             assert np.abs(trials.SCALE * mean).max() > 1e-3
 
 
+# Rank
+
+
+def test_the_spectrum_is_tracked_over_the_rounds_and_a_lost_rank_is_told(
+    make_federation: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silos send one direction only, so large that it drowns the others."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    more = {"lora": {"r": 4, "alpha": 8}, "rounds": {"total": 9, "quorum": 1, "guards": {"norm_band": None}}, "tracking": {"uri": uri}}
+    file = make_federation(**trials.terms(tiny_llama, "product", **more))
+    said: list[str] = []
+    monkeypatch.setattr(aggregate, "tell", lambda box, what, silo="", detail="", **_: said.append(detail))
+    commits = []
+    for number in (1, 2, 3):
+        turn = trials.begin(file)
+        rounds = trials.rounds_of(file)
+        for i, silo in enumerate(trials.SILOS):
+            tensors = trials.made_up(rounds, turn.round, silo, i if number < 3 else 9, 0.1)
+            if number == 3:
+                only = 100 * np.eye(4, dtype=np.float32)[0]
+                tensors = {n: a * (only[:, None] if n.endswith(A) else only) for n, a in tensors.items()}
+            trials.send(rounds, silo, tensors, tmp_path, turn.round)
+        commits.append(trials.close(file, turn))
+        assert any("effective rank has fallen to" in why for why in said) == (number == 3)
+    from mlflow.tracking import MlflowClient
+
+    run = trials.rounds_of(file).tracking_run()
+    assert run
+    client = MlflowClient(tracking_uri=uri)
+    for name, values in {
+        "aggregate/residual": [c.spectrum.residual for c in commits if c.spectrum],
+        "aggregate/effective_rank": [c.spectrum.effective_rank for c in commits if c.spectrum],
+        "aggregate/least_effective_rank": [c.spectrum.least_effective_rank for c in commits if c.spectrum],
+        "aggregate/singular_value/01": [c.spectrum.values[0] for c in commits if c.spectrum],
+        "aggregate/singular_value/03": [c.spectrum.values[2] for c in commits if c.spectrum],
+    }.items():
+        assert len(values) == 3
+        assert [(m.step, m.value) for m in client.get_metric_history(run.run, name)] == list(enumerate(values, 1))
+
+
 # Amendments
 
 

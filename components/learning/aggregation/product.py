@@ -103,7 +103,7 @@ def best_of_rank(b: np.ndarray, a: np.ndarray, rank: int, beyond: int = 0) -> Be
     root = np.sqrt(s)
     left, right = u * (root * np.where(pivots < 0, -1.0, 1.0)), vt * (root * np.where(pivots < 0, -1.0, 1.0))[:, None]
     rest = _pair(left[:, rank:], right[rank:], beyond) if beyond else None
-    return Best(_pair(left[:, :rank], right[:rank], rank), rest, Spectrum(values, residual))
+    return Best(_pair(left[:, :rank], right[:rank], rank), rest, Spectrum(values, rank, residual))
 
 
 def _leading(b: np.ndarray, a: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, float]:

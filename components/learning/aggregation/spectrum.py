@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+COLLAPSED = 0.5  # of the effective rank that there was; below, it is told
 FLOOR = 2.0**-24  # of the largest singular value: what float32 factors cannot tell from nothing reads as zero
 
 
@@ -16,17 +16,21 @@ class Spectrum:
     """Of Σ wᵢBᵢAᵢ, before it is cut to the global's rank."""
 
     values: np.ndarray  # singular values, falling, float64; as many as the product can have
+    rank: int  # R, the global's
     residual: float  # 1 - ‖best of rank R‖² / ‖all‖², from 0 to 1: the share of energy that rank R does not hold; 0 of a zero product
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the singular values as shares of their sum (Roy & Vetterli 2007); 0 of a zero product."""
-        return effective_rank(self.values)
+        """Of what the global holds: exp of the entropy of its R singular values as shares of their sum (Roy & Vetterli 2007); 0 of a zero product.
+
+        The values beyond R are the silos' differences from each other: with them it would tell how many silos there are.
+        """
+        return effective_rank(self.values[: self.rank])
 
     @property
     def stable_rank(self) -> float:
-        """‖·‖_F² / ‖·‖₂² (Rudelson & Vershynin 2007, arXiv:math/0503442); 0 of a zero product."""
-        return stable_rank(self.values)
+        """The same as ‖·‖_F² / ‖·‖₂² (Rudelson & Vershynin 2007, arXiv:math/0503442); 0 of a zero product."""
+        return stable_rank(self.values[: self.rank])
 
 
 def effective_rank(values: np.ndarray) -> float:
@@ -43,18 +47,10 @@ def stable_rank(values: np.ndarray) -> float:
     return float(np.sum(np.square(values / top))) if top > 0 else 0.0
 
 
-def collapsed(ranks: Mapping[str, float], before: Mapping[str, float], share: float) -> dict[str, str]:
-    """Modules whose effective rank has fallen below ``share`` of what it was, and how far.
+def collapsed(now: float, before: float, share: float = COLLAPSED) -> bool:
+    """Whether an effective rank is being lost.
 
     Args:
-        ranks: effective rank by module, now.
-        before: the same of an earlier round; modules without, or with none to lose, are passed over.
-        share: from 0 to 1.
+        before: the greatest that it has been; of 1 there is none to lose.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"share: must be between 0 and 1, got {share}")
-    return {
-        module: f"its effective rank fell from {before[module]:.3g} to {rank:.3g}, below {share:.0%} of it"
-        for module, rank in sorted(ranks.items())
-        if module in before and before[module] > 1 and rank < share * before[module]
-    }
+    return before > 1 and now < share * before
