@@ -11,6 +11,7 @@ from silotune.components import base_model
 from silotune.components.errors import FederationError
 from silotune.components.federation import Agreement, Federation, Silo
 from silotune.components.federation_file import is_remote
+from silotune.components.privacy_terms import sums_securely
 from silotune.components.protocol import Commit
 from silotune.components.rounds import Rounds
 from silotune.components.strategies import RULES, STRATEGIES
@@ -80,31 +81,34 @@ def _aggregation(federation: Federation) -> str:
     return f"{terms.strategy} by {terms.weights}{rule}, updates in {federation.communication.codec}"
 
 
-def composition_tables() -> tuple[RenderableType, RenderableType]:
-    """What can be chosen in ``aggregation``, and what holds together: strategies, and robust rules."""
+def composition_tables() -> tuple[RenderableType, RenderableType, RenderableType]:
+    """What can be chosen in ``aggregation``, and what holds together: what strategies hold with, what they are, and robust rules."""
     from rich.table import Table
 
     def table(*columns: str) -> Table:
         made = Table(box=None, pad_edge=False)
         for i, name in enumerate(columns):
-            made.add_column(name, no_wrap=i == 0, style="bold" if i == 0 else "")
+            least = len("arXiv:0000.00000") if name == "source" else None
+            made.add_column(name, no_wrap=i == 0, overflow="fold", min_width=least, style="bold" if i == 0 else "")
         return made
 
     def yes(holds: bool) -> str:
         return "yes" if holds else "-"
 
-    ways = table(
-        "strategy", "LoRA product exact", "unequal ranks", "full", "robust rules", "tree, secure sum", "record DP", "what", "source"
+    holds = table(
+        "strategy", "LoRA product exact", "unequal ranks", "full", "robust rules", "one sum: tree", "secure sum", "silo DP", "record DP"
     )
+    ways = table("strategy", "what", "source")
     for name, s in STRATEGIES.items():
         exact = s.exact if s.lora_only else "no"
-        told = (s.unequal_ranks, not s.lora_only, s.takes_rules, s.linear, s.record_privacy)
-        ways.add_row(name, exact, *map(yes, told), s.what, s.paper)
-    rules = table("rule", "silos needed against f", "works on", "what", "source")
+        told = (s.unequal_ranks, not s.lora_only, s.takes_rules, s.linear, sums_securely(s), sums_securely(s), s.record_privacy)
+        holds.add_row(name, exact, *map(yes, told))
+        ways.add_row(name, s.what, s.paper)
+    rules = table("rule", "silos needed", "by", "what", "source")
     for name, r in RULES.items():
         few, each = r.least["silos"], r.least["hostile"]
         rules.add_row(name, f"{each if each > 1 else ''}f + {few}", r.kind, r.what, r.paper)
-    return ways, rules
+    return holds, ways, rules
 
 
 def _silo(silo: Silo) -> str:

@@ -321,7 +321,9 @@ def strategies() -> None:
     from silotune.pipelines.checkup import composition_tables
 
     console = _console()
-    ways, rules = composition_tables()
+    holds, ways, rules = composition_tables()
+    console.print(holds)
+    console.print()
     console.print(ways)
     console.print("\naggregation.robust.rule", style="bold")
     console.print(rules)
