@@ -2,7 +2,7 @@
 
     python benchmarks/lora_products.py [--size 4096] [--rank 16] [--silos 32] [--modules 64] [--rivals 4] [--dense 1024]
 
-All in one thread, on the same stacks: silos share part of what they have learned, the rest is noise of their own. Ways to be compared take turns
+All in one thread, in seconds of the processor, on the same stacks: silos share part of what they have learned, the rest is noise of their own. Ways to be compared take turns
 on each module; per module the median and the least time over modules, and how much energy the result leaves beyond the least that any pair of
 that rank must leave. The ways:
 
@@ -74,9 +74,9 @@ def excess(b: np.ndarray, a: np.ndarray, pair: LoraPair, least: float) -> float:
 
 
 def clock(work: Callable[[], LoraPair]) -> tuple[float, LoraPair]:
-    begin = time.perf_counter()
+    begin = time.process_time()
     found = work()
-    return time.perf_counter() - begin, found
+    return time.process_time() - begin, found
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -115,9 +115,9 @@ def compare_dense(options: argparse.Namespace) -> None:
     incoming, differences = silos(options.dense, options.rank, options.silos, 0)
     weights = dict.fromkeys(differences, 1.0)
     b, a = stacked(incoming, differences, weights)
-    begin = time.perf_counter()
+    begin = time.process_time()
     u, s, vt = np.linalg.svd(b @ a, full_matrices=False)
-    dense = time.perf_counter() - begin
+    dense = time.process_time() - begin
     seconds, pair = clock(lambda: mean_product(incoming, differences, weights).pair)
     exact = (u[:, : options.rank] * s[: options.rank]) @ vt[: options.rank]
     error = np.linalg.norm(pair.product() - exact) / np.linalg.norm(exact)
@@ -135,9 +135,9 @@ def compare_fold(options: argparse.Namespace) -> None:
     found: dict[str, list[float]] = {"blocks": [], "one": []}
     for _ in range(3):
         for name, work in (("blocks", fold), ("one", lambda: b @ a)):
-            begin = time.perf_counter()
+            begin = time.process_time()
             work()
-            found[name].append(time.perf_counter() - begin)
+            found[name].append(time.process_time() - begin)
     blocks, one = min(found["blocks"]), min(found["one"])
     print(f"\nfedex and flora: delta of {options.size} × {options.size} in blocks {blocks:.2f} s, one product {one:.2f} s.")
 
