@@ -258,6 +258,23 @@ def test_folded_into_the_base_the_mean_of_products_is_whole(make_federation: Any
             assert np.abs(trials.SCALE * mean).max() > 1e-3
 
 
+def test_diloco_moves_whole_models_by_nesterov(make_federation: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    sections = {"model": {"base": str(tiny_llama), "method": "full"}, "aggregation": {"strategy": "diloco"}}
+    simulation = Simulation(make_federation(**sections, rounds={"total": 2, "quorum": 1}))
+    losses = [r.loss for r in simulation.run()]
+    rounds, commits = simulation.rounds, list(simulation.rounds.commits())
+    assert losses[-1] < simulation.results()[0].loss
+    velocity: dict[str, Any] = {}
+    for commit in commits[1:]:
+        before, after = (trials.state(rounds, d, tmp_path) for d in (commit.incoming or "", commit.outgoing))
+        sent, shares = trials.updates(rounds, commit, tmp_path), trials.shares(commit)
+        assert sent["east"].keys() == before.keys() == dict(models.load_base(tiny_llama, "float32").named_parameters()).keys()
+        for name, array in before.items():
+            mean = sum(share * sent[s][name].astype(np.float64) for s, share in shares.items())
+            velocity[name] = 0.9 * velocity.get(name, 0.0) + mean
+            np.testing.assert_allclose(after[name], array + 0.7 * (mean + 0.9 * velocity[name]), rtol=1e-5, atol=1e-7)
+
+
 # Rank
 
 
