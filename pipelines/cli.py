@@ -7,6 +7,7 @@
     silotune compile FILE     the pipeline, for Kubeflow
     silotune sync | ui FILE   MLflow
     silotune keys, policies   who may sign and store what
+    silotune policy, review, dry-run, privacy      for a silo's steward: what is allowed, asked for, sent and spent
     silotune verify | gc      the chain back to the base; erasing old updates
     silotune onboard, offboard, doctor, submit, schedule, runs, logs, cancel, unschedule      on a Kubeflow cluster
     silotune schema           the file's JSON Schema
@@ -30,6 +31,7 @@ import typer
 from silotune.components.errors import FederationError, SilotuneError
 from silotune.pipelines import cluster_commands as cluster
 from silotune.pipelines import integrity
+from silotune.pipelines import steward_commands as steward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -338,11 +340,22 @@ def schema() -> None:
 
 
 for command in (
-    *(integrity.verify, integrity.gc, integrity.policies, cluster.onboard, cluster.offboard, cluster.doctor),
+    *(
+        steward.review,
+        steward.privacy,
+        integrity.verify,
+        integrity.gc,
+        integrity.policies,
+        cluster.onboard,
+        cluster.offboard,
+        cluster.doctor,
+    ),
     *(cluster.submit, cluster.schedule, cluster.runs, cluster.logs, cluster.cancel, cluster.unschedule),
 ):
     app.command()(command)
+app.command("dry-run")(steward.dry_run)
 app.add_typer(integrity.keys, name="keys")
+app.add_typer(steward.policy, name="policy")
 
 
 def _load(file: Path, *, check_files: bool = False) -> Federation:
