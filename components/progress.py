@@ -55,7 +55,7 @@ class Heartbeat:
     round: int
     step: int
     steps: int  # 0 before the first step
-    loss: float
+    loss: float | None  # none of a private training
     at: float  # Unix time in seconds
     phase: str = ""  # what is done outside of steps: loading, evaluating, sending
     beats: int = 0  # signs of life so far, written or not
@@ -67,12 +67,12 @@ class Pulse:
     def __init__(self, folder: Path | None, box: str, round_number: int) -> None:
         global _pulse
         self.folder, self.box, self.round = folder, box, round_number
-        self._at = (0, 0, 0.0)  # step, steps, loss
+        self._at: tuple[int, int, float | None] = (0, 0, 0.0)  # step, steps, loss
         self._beats = 0
         self._last = float("-inf")
         _pulse = self
 
-    def __call__(self, step: int, steps: int, loss: float) -> None:
+    def __call__(self, step: int, steps: int, loss: float | None) -> None:
         """After a step; the last one is always written."""
         self._at = (step, steps, loss)
         self._beat("", always=step >= steps)

@@ -135,12 +135,12 @@ class UpdateManifest(OfSilo):
     header: str = Field(description="SHA-256 of the file up to its tensors, whose own digests it holds.")
     bytes: int
     examples: int = Field(ge=1)
-    tokens: int = Field(ge=1)
+    tokens: int = Field(ge=1, description="Target tokens; of a private training its examples again, whose expected number is public.")
     steps: int = Field(ge=1)
     cursor: int = Field(ge=1, description="Examples consumed after this round.")
     codec: str
     norm: float = Field(ge=0, description="L2 norm over all tensors of the update.")
-    loss: float = Field(description="Mean training loss per token over the round.")
+    loss: float | None = Field(description="Mean training loss per token over the round; null of a private training.")
 
 
 class Refusal(Record):

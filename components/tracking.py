@@ -86,7 +86,7 @@ def metrics(rounds: Rounds, *, complete: bool) -> Iterator[tuple[Point, tuple[fl
     commits = list(rounds.commits())
     for i, commit in enumerate(commits):
         at = int(commit.at * 1000)
-        values = dict(_costs(commit)) | dict(_spectrum(commit))
+        values = dict(_costs(rounds, commit)) | dict(_spectrum(commit))
         if commit.made_global:
             if complete or any(c.counts for c in commits[i + 1 :]):
                 values |= dict(_validation(rounds, commit))
@@ -105,16 +105,30 @@ def _spectrum(commit: Commit) -> Iterator[tuple[str, float]]:
         yield f"aggregate/singular_value/{i:02d}", value
 
 
-def _costs(commit: Commit) -> Iterator[tuple[str, float]]:
+def _costs(rounds: Rounds, commit: Commit) -> Iterator[tuple[str, float]]:
     if commit.outcome == "aggregated":
         yield "bytes/up", commit.bytes_up
         yield "bytes/down", commit.bytes_down
         yield "round/seconds", commit.at - commit.started
         yield "round/participants", len(commit.contributions)
+        private = rounds.agreement(commit.agreement).privacy.of_records
+        if private:
+            yield from _epsilons(rounds, commit)
         for silo, contribution in commit.contributions.items():
-            yield f"silo/{silo}/tokens", contribution.tokens
+            if not private:  # else nobody is told how many there were
+                yield f"silo/{silo}/tokens", contribution.tokens
             if contribution.norm is not None:
                 yield f"silo/{silo}/update_norm", contribution.norm
+
+
+def _epsilons(rounds: Rounds, commit: Commit) -> Iterator[tuple[str, float]]:
+    """What silos report to have spent by now, in whichever attempt they delivered."""
+    found: dict[str, float] = {}
+    for attempt in range(1, commit.attempt + 1):
+        for silo, report in rounds.reports(commit.round, attempt).items():
+            if silo in commit.contributions and "epsilon" in report.numbers:
+                found[silo] = report.numbers["epsilon"]
+    yield from ((f"silo/{silo}/epsilon", value) for silo, value in found.items())
 
 
 def _validation(rounds: Rounds, commit: Commit) -> Iterator[tuple[str, float]]:

@@ -244,7 +244,11 @@ def _work_line(current: Current, beat: Heartbeat | None, now: float) -> Renderab
     line = Table.grid(padding=(0, 2))
     cells: list[RenderableType] = [f"[bold]{current.text}[/]"]
     if beat:
-        cells += [ProgressBar(total=beat.steps, completed=beat.step, width=24), f"step {beat.step}/{beat.steps}", f"loss {beat.loss:.4f}"]
+        cells += [
+            ProgressBar(total=beat.steps, completed=beat.step, width=24),
+            f"step {beat.step}/{beat.steps}",
+            "private" if beat.loss is None else f"loss {beat.loss:.4f}",
+        ]
     line.add_row(*cells, f"[dim]{duration(now - current.began)}[/]")
     return line
 

@@ -94,6 +94,18 @@ class Ranks:
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
             parameter.grad.copy_(part.view_as(parameter.grad))
 
+    def sum_tensors(self, tensors: Sequence[Any]) -> None:
+        """Replace each float64 tensor by its sum over the ranks."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            total = tensor.to(self.device)
+            with _exchanging():
+                dist.all_reduce(total)
+            tensor.copy_(total)
+
     def sums(self, values: Sequence[float]) -> list[float]:
         """The sum over the ranks of each value, in float64."""
         if self.size == 1:

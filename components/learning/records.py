@@ -17,6 +17,8 @@ from silotune.components.errors import FederationError
 
 FIELDS = {"prompt-response": ("prompt", "response"), "chat": ("messages",), "text": ("text",)}
 
+PERSON = "person"  # in a record: whose it is, where that is asked for; never of a format's own fields
+
 Render = Callable[[list[dict[str, str]], bool], str]
 
 
@@ -28,13 +30,14 @@ class Laid:
     spans: tuple[tuple[int, int], ...]
 
 
-def read_records(path: Path, kind: str, fields: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(path: Path, kind: str, fields: dict[str, str], person: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, record) for every record of a file or folder, with exactly the fields that format ``kind`` needs.
 
     Args:
         path: a .jsonl, .csv, .parquet or .txt file, or a folder of such files.
         kind: ``prompt-response``, ``chat`` or ``text``.
         fields: field -> column where a file names it otherwise.
+        person: column that says whose record it is; goes under `PERSON`, as text.
 
     Raises:
         FederationError: unreadable file, invalid UTF-8, a line that is no object, a missing or mistyped field.
@@ -49,7 +52,7 @@ def read_records(path: Path, kind: str, fields: dict[str, str]) -> Iterator[tupl
             raise FederationError(f"{file}: must be one of {', '.join(sorted(READERS))}, got {file.suffix or 'no suffix'!r}")
         try:
             for place, row in READERS[file.suffix](file):
-                yield place, _pick(place, row, kind, fields)
+                yield place, _pick(place, row, kind, fields) | ({} if person is None else {PERSON: _person(place, row, person)})
         except UnicodeDecodeError as error:
             raise FederationError(f"{file.name}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
         except OSError as error:
@@ -74,6 +77,17 @@ def _pick(place: str, row: dict[str, Any], kind: str, fields: dict[str, str]) ->
             raise FederationError(f"{place}: field {column!r} holds half a character (a lone surrogate such as \\ud800); correct the text")
         picked[field] = value
     return picked
+
+
+def _person(place: str, row: dict[str, Any], column: str) -> str:
+    """A name or number as text. One that is missing would make strangers one person, or nobody's record unprotected."""
+    value = row.get(column)
+    if isinstance(value, bool) or not isinstance(value, str | int) or str(value).strip() == "":
+        raise FederationError(
+            f"{place}: field {column!r} must say whose record it is, as text or a whole number, got {type(value).__name__}; "
+            "fill it in, or correct privacy.person_field"
+        )
+    return str(value).strip()
 
 
 def _is_unicode(value: str | list[dict[str, str]]) -> bool:

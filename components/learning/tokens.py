@@ -1,11 +1,12 @@
 """Token shards: a split of a silo's records as token ids, on the silo's own disk, read through memory maps.
 
-A shard is a folder of three flat little-endian files and a description, written last:
+A shard is a folder of four flat little-endian files and a description, written last:
 
     tokens.i32    token ids of all examples, end to end
     targets.u8    1 where the token is to be learned (predicted from those before it), else 0
     offsets.i64   start of every example, and the end of the last
-    shard.json    counts, and the SHA-256 of the three files together
+    units.i32     whose example it is: of which record, or person, by number in the order in which they come; no name
+    shard.json    counts, and the SHA-256 of the four files together
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -23,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from silotune.components.errors import FederationError
-from silotune.components.learning.records import Laid, lay_out
+from silotune.components.learning.records import PERSON, Laid, lay_out
 
-FILES = ("tokens.i32", "targets.u8", "offsets.i64")
+FILES = ("tokens.i32", "targets.u8", "offsets.i64", "units.i32")
 CHUNK = 1024  # records tokenised together
 
 
@@ -50,6 +52,12 @@ class Shard:
     offsets: np.ndarray  # (examples + 1,) int64
     digest: str
     counts: Counts
+    units: np.ndarray  # (examples,) int32, dense: all numbers from 0 on
+
+    @property
+    def unit_count(self) -> int:
+        """Records, or persons, that have examples."""
+        return int(self.units.max()) + 1
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -145,8 +153,12 @@ def write_shard(folder: Path, records: Iterable[tuple[str, dict[str, Any]]], tok
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     offsets, targets_total, seen, truncated, dropped, shortest = [0], 0, 0, 0, 0, 0
+    units: list[int] = []
+    numbers: dict[Any, int] = {}  # of what a unit is told by
     with (scratch / "tokens.i32").open("wb") as tokens_file, (scratch / "targets.u8").open("wb") as targets_file:
-        for examples in tokeniser(records):
+        whose: deque[str] = deque()
+        for examples in tokeniser(_watched(records, whose)):
+            unit = whose.popleft() or seen
             seen += 1
             for ids, targets in examples:
                 if len(ids) > tokeniser.max_length:
@@ -162,6 +174,7 @@ def write_shard(folder: Path, records: Iterable[tuple[str, dict[str, Any]]], tok
                 tokens_file.write(ids.astype("<i4").tobytes())
                 targets_file.write(targets.tobytes())
                 offsets.append(offsets[-1] + len(ids))
+                units.append(numbers.setdefault(unit, len(numbers)))
                 targets_total += int(targets.sum())
     if not seen:
         shutil.rmtree(scratch)
@@ -175,11 +188,19 @@ def write_shard(folder: Path, records: Iterable[tuple[str, dict[str, Any]]], tok
             "raise max_length, or set long_examples: truncate"
         )
     np.array(offsets, dtype="<i8").tofile(scratch / "offsets.i64")
+    np.array(units, dtype="<i4").tofile(scratch / "units.i32")
     counts = Counts(len(offsets) - 1, offsets[-1], targets_total, seen, truncated, dropped)
     (scratch / "shard.json").write_text(json.dumps({"digest": _digest(scratch), "counts": asdict(counts)}))
     shutil.rmtree(folder, ignore_errors=True)
     scratch.rename(folder)
     return open_shard(folder)
+
+
+def _watched(records: Iterable[tuple[str, dict[str, Any]]], whose: deque[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records, after noting whose each of them is; "" where a record is its own unit."""
+    for place, record in records:
+        whose.append(record.get(PERSON, ""))
+        yield place, record
 
 
 def open_shard(folder: Path) -> Shard:
@@ -191,6 +212,7 @@ def open_shard(folder: Path) -> Shard:
         offsets=np.fromfile(folder / "offsets.i64", dtype="<i8"),
         digest=about["digest"],
         counts=Counts(**about["counts"]),
+        units=np.fromfile(folder / "units.i32", dtype="<i4"),
     )
 
 

@@ -7,7 +7,8 @@ One tensor file (see `tensor_file`) that holds the *difference* that local train
                spaces, UTF-8, no NaN):
                  format       1
                  federation, agreement, round, silo, plan, base, incoming     what this update answers, all by digest
-                 examples, tokens, steps, cursor, loss, norm                  what training has seen
+                 examples, tokens, steps, cursor, loss, norm                  what training has seen; of a private training how many
+                                                                              examples were expected, the same for tokens, and null
                  codec        {"name": "float32" | "bfloat16"}
                  tensors      name -> SHA-256 of the tensor's bytes as they stand in the file, in hexadecimal
                  signature    text; null in federations without keys
@@ -96,7 +97,7 @@ class Header(Section):
     tokens: int
     steps: int
     cursor: int
-    loss: float
+    loss: float | None
     norm: float
     codec: Codec
     tensors: dict[str, str]
@@ -313,7 +314,7 @@ def _header(file: TensorFile, refuse: Callable[[str, str], UpdateRefused]) -> He
         ) from None
     except ValueError:
         raise refuse("bad header: it is not JSON without repeated keys, NaN and Infinity", "send the update again") from None
-    if not (math.isfinite(header.loss) and math.isfinite(header.norm)):
+    if not (math.isfinite(header.loss or 0.0) and math.isfinite(header.norm)):
         raise refuse("loss or norm is not finite", "lower the learning rate or check the records")
     if canonical_json(header.model_dump()) != file.metadata[KEY].encode():
         raise refuse("bad header: it is not byte for byte the one way to write its content", "send the update again")

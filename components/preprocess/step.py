@@ -10,7 +10,6 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from silotune.components.errors import FederationError
 from silotune.components.federation import Federation, Silo, canonical_json
 from silotune.components.federation_file import is_remote
 from silotune.components.learning.batches import stream
-from silotune.components.learning.records import read_records
+from silotune.components.learning.records import PERSON, read_records
 from silotune.components.object_store import open_store
 from silotune.components.progress import Pulse, beating
 from silotune.components.rounds import file_digest
@@ -108,7 +107,15 @@ def _key(federation: Federation, tokenizer: str, path: Path, part: str) -> str:
         raise FederationError(f"{path}: no such file; correct the path in the federation file") from None
     except OSError as error:
         raise FederationError(f"{path}: cannot be read: {error.strerror}") from None
-    terms = [federation.data.model_dump(), federation.name, federation.training.seed, part, tokenizer]
+    terms = [
+        federation.data.model_dump(),
+        federation.name,
+        federation.training.seed,
+        part,
+        tokenizer,
+        "units",
+        federation.privacy.person_field,
+    ]
     return hashlib.sha256(canonical_json([terms, contents])).hexdigest()
 
 
@@ -117,14 +124,19 @@ def _make(federation: Federation, silo: str, base: Path, path: Path, part: str, 
     from silotune.components.learning.tokens import Tokeniser, write_shard
 
     data = federation.data
-    records: Any = read_records(path, data.format, data.fields)
+    person = federation.privacy.person_field
+    records: Any = read_records(path, data.format, data.fields, person)
     if part != "all":
-        count = sum(1 for _ in read_records(path, data.format, data.fields))
+        # A person's records are never torn apart, so that none of them is learned from and judged by.
+        owners = [record.get(PERSON, i) for i, (_, record) in enumerate(read_records(path, data.format, data.fields, person))]
+        numbers = {owner: i for i, owner in enumerate(dict.fromkeys(owners))}
+        count = len(numbers)
         aside = max(1, round(count * data.valid_fraction)) if count > 1 else 0
         chosen = set(stream(count, 0, aside, federation.name, federation.training.seed, silo, "aside").tolist()) if count else set()
         if count and not aside:
-            raise FederationError(f"{path.name}: one record cannot be split; give the silo a valid file or more records")
-        records = (r for i, r in enumerate(islice(records, count)) if (i in chosen) == (part == "aside"))
+            whose = "record" if person is None else "person's records"
+            raise FederationError(f"{path.name}: one {whose} cannot be split; give the silo a valid file or more records")
+        records = (r for owner, r in zip(owners, records, strict=False) if (numbers[owner] in chosen) == (part == "aside"))
     tokeniser = Tokeniser(load_tokenizer(base), data.template, data.max_length, data.long_examples)
     write_shard(folder, _beating(records, pulse, split), tokeniser, path.name)
 

@@ -21,9 +21,11 @@ from silotune.components.learning.ranks import ALONE, Ranks
 from silotune.components.progress import Pulse, beating
 from silotune.components.silo_job import time_left
 from silotune.components.strategies import STRATEGIES, Strategy
+from silotune.components.train.private import PrivateTerms
 
 if TYPE_CHECKING:
     from silotune.components.learning.evaluation import Score
+    from silotune.components.learning.privacy.private_gradient import Private
     from silotune.components.learning.tokens import Shard
     from silotune.components.learning.training import Trained
 
@@ -62,6 +64,7 @@ class Order(BaseModel):
     identity: str  # of the checkpoint
     every: int  # steps between checkpoints
     reserve: float  # seconds before the deadline that are kept for sending
+    private: PrivateTerms | None  # of a training that is differentially private
 
 
 def learn(order: Order, pulse: Pulse | None, on_score: OnScore, ranks: Ranks = ALONE) -> tuple[Trained, dict[str, np.ndarray]]:
@@ -105,12 +108,21 @@ def learn(order: Order, pulse: Pulse | None, on_score: OnScore, ranks: Ranks = A
     trained = training.train(
         model, shard, training.Stretch((order.federation, order.terms.seed, order.silo), order.cursor), order.terms,
         order.learning_rate, order.max_length, order.pad, pulse, checkpoint=Checkpoint(order.home / CHECKPOINT, order.identity, order.every),
-        stop=_deadline(order.reserve), ranks=ranks, local_term=_local_term(strategy, order, control),
+        stop=_deadline(order.reserve), ranks=ranks, local_term=_local_term(strategy, order, control), private=_private(order),
     )  # fmt: skip
     if ranks.rank != 0:
         return trained, {}
     added = training.update_of({name: before[name] for name in trained_here}, models.trainable_state(model))
     return trained, added | {MEMORY + name: mean - control.get(OWN + name, NOTHING) for name, mean in trained.gradient.items()}
+
+
+def _private(order: Order) -> Private | None:
+    """With the key of this round, from the secret in the folder that all of the silo's machines share; it is in no order."""
+    from silotune.components.learning.privacy.private_gradient import Private
+
+    if (terms := order.private) is None:
+        return None
+    return Private(terms.mechanism, terms.clip, terms.clipping, terms.key(order.home))
 
 
 def _local_term(strategy: Strategy, order: Order, control: dict[str, np.ndarray]) -> LocalTerm:

@@ -6,6 +6,8 @@ import math
 from datetime import UTC, datetime
 
 from silotune.components.budget import Limits, Unit, reserve, spent
+from silotune.components.budget import bound as composed
+from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation
 from silotune.components.learning.privacy.accounting import Mechanism
 from silotune.components.learning.tensor_file import WIDTH
@@ -51,6 +53,7 @@ def permit(
         federation=federation.name, agreement=plan.agreement, plan=plan.digest, round=plan.round, silo=silo_id, content=content,
         mechanism=mechanism, unit=terms.unit, delta=terms.delta if terms.of_records else None, noise=noise,
     )  # fmt: skip
+    _require_promise(ledger, charge, agreement)
     reserve(ledger, charge, limits, unit, bounded=policy is None or policy.private)
     return policy
 
@@ -70,6 +73,24 @@ def _rule(policy: Policy | None, agreement: Agreement) -> tuple[Limits, Unit]:
     if policy:
         return policy.privacy.epsilon, policy.privacy.unit
     return Limits(delta=agreement.privacy.delta), agreement.privacy.unit
+
+
+def _require_promise(ledger: Ledger, charge: Charge, agreement: Agreement) -> None:
+    """All private rounds of the federation stay within the ε that it promises: noise is made for so many rounds, and more would pass it.
+
+    Raises:
+        RefusedError: this one would.
+    """
+    terms, entries = agreement.privacy, [e for e in ledger.entries() if e.charge.federation == charge.federation]
+    if terms.epsilon is None or charge.mechanism is None or any(e.identity == charge.identity(ledger.dataset) for e in entries):
+        return
+    private = [e.charge for e in entries if e.charge.mechanism is not None]
+    if (after := composed([*private, charge], terms.delta, charge.unit)) > terms.epsilon:
+        raise RefusedError(
+            f"silo {charge.silo!r}: privacy.epsilon: must not pass {terms.epsilon:g}, which is planned for {terms.rounds} rounds, got {after:.4g} "
+            "with this one; raise privacy.rounds and epsilon together, which all silos must agree to, or end the federation",
+            "budget",
+        )
 
 
 def update_bytes(rounds: Rounds, plan: Plan, agreement: Agreement, silo_id: str) -> int:

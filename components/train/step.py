@@ -21,7 +21,6 @@ from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.learning.aggregation.combination import OPTIMIZER
 from silotune.components.learning.aggregation.server_optimizer import CONTROL as CONTROL_VARIATE
-from silotune.components.learning.privacy.accounting import round_mechanism
 from silotune.components.learning.ranks import backend
 from silotune.components.learning.tensor_file import MalformedFile, open_tensor_file, to_bytes, write_tensor_file
 from silotune.components.learning.update import Codec, Header, read_header, write_update
@@ -36,6 +35,7 @@ from silotune.components.silo_job import one_at_a_time, silo_home, status_text
 from silotune.components.train import permission, workers
 from silotune.components.train.memory import own_sum
 from silotune.components.train.order import CHECKPOINT, COMMON, CONTROL, INCOMING, OWN, Order, learn, open_split
+from silotune.components.train.private import private_terms
 
 if TYPE_CHECKING:
     from silotune.components.learning.evaluation import Score
@@ -186,9 +186,17 @@ def _train(
     with beating("loading"):
         base = base_model.resolve(federation.model.base, home / "base")
         check_terms(federation, agreement, base, silo_id)
-        train = open_split(home, "train")
-        mechanism = round_mechanism(agreement.privacy, agreement.training_of(silo_id), len(train)) if agreement.privacy.of_records else None
-        policy = permission.permit(federation, rounds, plan, agreement, silo_id, train.digest, mechanism)
+        shard = open_split(home, "train")
+        private = private_terms(plan, agreement, silo_id, shard)
+        policy = permission.permit(
+            federation,
+            rounds,
+            plan,
+            agreement,
+            silo_id,
+            shard.digest,
+            *((private.mechanism, private.noise(home)) if private else (None, "")),
+        )
         pad = models.pad_id(models.load_tokenizer(base.folder))
         rounds.fetch_object(plan.incoming, home / INCOMING)
     terms = agreement.training_of(silo_id)
@@ -196,7 +204,7 @@ def _train(
         rule = f"must be above 0 and at most the terms' {terms.learning_rate:g}, is {plan.learning_rate:g}"
         raise RefusedError(f"silo {silo_id!r}: the plan's learning rate {rule}; ask the coordinator", "terms differ")
     _write_control(rounds, plan, agreement, silo_id, home)
-    splits = {split: open_split(home, split).digest for split in ("train", "valid")}
+    splits = {"train": shard.digest, "valid": open_split(home, "valid").digest}
     scored = rounds.evaluation(plan.incoming, silo_id, "valid", splits["valid"])
     silent = policy is not None and not policy.scores
 
@@ -216,7 +224,7 @@ def _train(
         score=None if scored or silent else (evaluation.max_examples, evaluation.batch_size, seed),
         # What a killed training resumes from holds only where nothing has changed that it depends on.
         identity=hashlib.sha256(canonical_json([plan.digest, silo_id, splits["train"]])).hexdigest(),
-        reserve=RESERVE * (federation.deadline_seconds or 0.0),
+        reserve=RESERVE * (federation.deadline_seconds or 0.0), private=private,
     )  # fmt: skip
     if table is None:
         trained, delta = learn(order, pulse, on_score)
@@ -315,10 +323,11 @@ def _write_score(rounds: Rounds, score: Score, outgoing: str, silo_id: str, spli
 
 
 def _numbers(manifest: UpdateManifest, seconds: float, bytes_down: int) -> dict[str, float]:
-    return {
-        "steps": manifest.steps, "examples": manifest.examples, "tokens": manifest.tokens, "loss": manifest.loss, "seconds": seconds,
+    numbers: dict[str, float] = {
+        "steps": manifest.steps, "examples": manifest.examples, "tokens": manifest.tokens, "seconds": seconds,
         "bytes_up": manifest.bytes, "bytes_down": bytes_down,
     }  # fmt: skip
+    return numbers if manifest.loss is None else numbers | {"loss": manifest.loss}
 
 
 if __name__ == "__main__":

@@ -153,7 +153,8 @@ def together(order: Order, layout: Layout, table: Table, on_score: OnScore) -> t
         if not all(w.result for w in workers):
             raise raised(min(failures, key=_of_another))
         result = workers[0].result or {}
-        trained = Trained(**{**result, "loss": float.fromhex(result["loss"])})
+        loss = result["loss"]
+        trained = Trained(**{**result, "loss": None if loss is None else float.fromhex(loss)})
         if layout.node:
             return trained, {}
         arrays = open_tensor_file(order.home / ADDED).read_all()
@@ -214,7 +215,8 @@ def _work(order: Order, request: Told, say: Any) -> Told:
             write_tensor_file(order.home / ADDED, {n: a.shape for n, a in arrays.items()}, "F32", tensors, {})
         ranks.leave()
     return {
-        "steps": trained.steps, "examples": trained.examples, "tokens": trained.tokens, "loss": trained.loss.hex(), "cursor": trained.cursor,
+        "steps": trained.steps, "examples": trained.examples, "tokens": trained.tokens, "cursor": trained.cursor,
+        "loss": None if trained.loss is None else trained.loss.hex(),
     }  # fmt: skip
 
 

@@ -109,9 +109,10 @@ def test_an_unreachable_server_is_told_with_its_address(make_federation: Any, mo
 
 def write_round(rounds: Rounds, number: int, outcome: str, made: str, losses: dict[str, float | None] | None = None) -> None:
     """A commit whose outgoing global is ``made``, and its scores: losses in nats per token, of 10 tokens each."""
+    (agreement,) = (key.rsplit("/", 1)[-1].removesuffix(".json") for key in rounds.store.list(rounds.key("agreements") + "/"))
     part = Contribution(manifest="m", object="o", bytes=10, weight=0.5, examples=4, tokens=9, steps=2, cursor=4, norm=0.5)
     terms = {
-        "round": number, "outcome": outcome, "custody": "local", "agreement": "a", "plan": "p", "attempt": 1,
+        "round": number, "outcome": outcome, "custody": "local", "agreement": agreement, "plan": "p", "attempt": 1,
         "contributions": dict.fromkeys(("east", "north"), part) if outcome == "aggregated" else {}, "missing": {}, "previous": "c",
         "incoming": "g", "outgoing": made, "best": 0, "bytes_up": 20, "bytes_down": 20, "started": 1e9 + number, "at": 1e9 + number + 1,
     }  # fmt: skip
@@ -130,6 +131,7 @@ def by_hand(make_federation: Any) -> tuple[Federation, Rounds]:
     federation = Federation.load(make_federation(tracking={"uri": "sqlite:///mlflow.db"}))
     keys.ensure(federation)
     rounds = Rounds.of(federation)
+    rounds.put_agreement(federation.agreement("b" * 64, "t" * 64))
     write_round(rounds, 0, "initialized", "g0", {"east": 2.0, "north": 4.0})
     write_round(rounds, 1, "aggregated", "g1", {"east": None, "north": 9.0})
     write_round(rounds, 2, "rolled-back", "g0")
@@ -154,6 +156,7 @@ def test_the_scores_of_a_global_are_in_once_the_next_round_is_closed(make_federa
     federation = Federation.load(make_federation())
     keys.ensure(federation)
     rounds = Rounds.of(federation)
+    rounds.put_agreement(federation.agreement("b" * 64, "t" * 64))
     write_round(rounds, 0, "initialized", "g0", {"east": 2.0})
     write_round(rounds, 1, "amended", "g0")
     assert ("global/loss", 0) not in dict(tracking.metrics(rounds, complete=False)), "its round was closed before it was over"

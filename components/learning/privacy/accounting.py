@@ -151,7 +151,7 @@ def round_mechanism(terms: Privacy, training: Training, units: int) -> Mechanism
         )
     if terms.delta * units >= 1:
         raise RefusedError(
-            f"privacy.delta: must be below one by the silo's {units} {what}, got {terms.delta:g}; lower it, to {0.1 / units:.0e} or less",
+            f"privacy.delta: must be below 1/{units}, since the silo has {units} {what}, got {terms.delta:g}; lower it, to {0.1 / units:.0e} or less",
             "delta too large",
         )
     q = training.batch_size / units

@@ -18,7 +18,8 @@ def make_shard() -> Callable[[Sequence[tuple[list[int], list[int]]]], Shard]:
         tokens = np.array([t for ids, _ in examples for t in ids], np.int32)
         targets = np.array([t for _, marks in examples for t in marks], np.uint8)
         offsets = np.cumsum([0, *(len(ids) for ids, _ in examples)]).astype(np.int64)
-        return Shard(tokens, targets, offsets, "digest", Counts(len(examples), len(tokens), int(targets.sum()), len(examples), 0, 0))
+        counts = Counts(len(examples), len(tokens), int(targets.sum()), len(examples), 0, 0)
+        return Shard(tokens, targets, offsets, "digest", counts, np.arange(len(examples), dtype=np.int32))
 
     return make
 

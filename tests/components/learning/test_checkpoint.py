@@ -195,7 +195,7 @@ module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 folder = Path({str(folder)!r})
 loaded = np.load(folder / "shard.npz")
-shard = Shard(loaded["tokens"], loaded["targets"], loaded["offsets"], "digest", Counts(1, 1, 1, 1, 0, 0))
+shard = Shard(loaded["tokens"], loaded["targets"], loaded["offsets"], "digest", Counts(1, 1, 1, 1, 0, 0), np.arange(len(loaded["offsets"]) - 1))
 (state, trained), told = module.Job(Path({str(job.base)!r}), shard, folder / "checkpoint").resumed()
 print(json.dumps([told, trained.loss.hex(), {{n: data.hex() for n, data in state.items()}}]))
 """

@@ -19,6 +19,8 @@ from silotune.components.learning.batches import batches, pack, stream, target_c
 from silotune.components.learning.checkpoint import Checkpoint
 from silotune.components.learning.evaluation import evaluate
 from silotune.components.learning.local_term import LocalTerm
+from silotune.components.learning.privacy.accounting import Mechanism
+from silotune.components.learning.privacy.private_gradient import Private
 from silotune.components.learning.ranks import ALONE, RankLost, Ranks, RanksDiffer, joined
 from silotune.components.learning.tokens import Shard
 from silotune.components.learning.training import NonFiniteLoss, OutOfMemory, Stretch, train
@@ -77,6 +79,7 @@ def together(size: int, work: Work) -> list[Any]:
 def training_of(base: Path, shard: Shard, method: str = "lora", dropout: float = 0.0, place: Path | None = None, **more: Any) -> Work:
     """Work that trains, and gives (numbers seen, weights)."""
     options = {name: more.pop(name) for name in ("on_step", "stop") if name in more}
+    how = more.pop("private", None)
     terms = Training(precision="float32", **{"steps": 3, "batch_size": 5, "learning_rate": 1e-2, **more})
 
     def work(ranks: Ranks) -> Any:
@@ -87,8 +90,10 @@ def training_of(base: Path, shard: Shard, method: str = "lora", dropout: float =
         torch.manual_seed(5)
         given = {name: (lambda *a, f=f: f(ranks, model, *a)) for name, f in options.items()}
         checkpoint = Checkpoint(place, "round 1", 2) if place else None
-        seen = train(model, shard, Stretch(SEED, 4), terms, terms.learning_rate, 64, 2, checkpoint=checkpoint, ranks=ranks, **given)
-        numbers = [seen.steps, seen.examples, seen.tokens, seen.loss.hex(), seen.cursor]
+        seen = train(
+            model, shard, Stretch(SEED, 4), terms, terms.learning_rate, 64, 2, checkpoint=checkpoint, ranks=ranks, private=how, **given
+        )
+        numbers = [seen.steps, seen.examples, seen.tokens, None if seen.loss is None else seen.loss.hex(), seen.cursor]
         return numbers, {n: a.tobytes().hex() for n, a in models.trainable_state(model).items()}
 
     return work
@@ -148,6 +153,18 @@ def test_more_processes_train_the_same_model(tiny_llama: Path, some_shard: Shard
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_private_processes_draw_and_noise_as_one(tiny_llama: Path, some_shard: Shard, method: str) -> None:
+    mechanism = Mechanism(sampling_probability=0.7, noise_multiplier=0.8, quantile_noise_multiplier=2.0, steps=3)
+    how = Private(mechanism, 0.4, "adaptive", bytes(range(32)))
+    work = training_of(tiny_llama, some_shard, method, private=how, batch_size=7, accumulation=4)
+    one, *both = work(ALONE), *together(2, work)
+    assert both[0] == both[1]
+    assert both[0][0] == one[0] == [3, 21, 21, None, 25]
+    np.testing.assert_allclose(weights(both[0]), weights(one), atol=1e-3)  # steps of 1e-2
+    assert np.quantile(np.abs(weights(both[0]) - weights(one)), 0.99) < 1e-4
+
+
 def test_again_with_as_many_processes_the_same_bytes(tiny_llama: Path, some_shard: Shard) -> None:
     work = training_of(tiny_llama, some_shard, dropout=0.2, accumulation=2)
     assert together(2, work) == together(2, work)

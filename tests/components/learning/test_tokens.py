@@ -171,7 +171,7 @@ def test_refused_record_is_named_by_place_not_content(write: Write) -> None:
 def test_files_are_as_documented(write: Write, tmp_path: Path) -> None:
     shard = write([pair("a", "b"), pair("the blood", "moves é")])
     folder = tmp_path / "train"
-    assert sorted(p.name for p in folder.iterdir()) == ["offsets.i64", "shard.json", "targets.u8", "tokens.i32"]
+    assert sorted(p.name for p in folder.iterdir()) == ["offsets.i64", "shard.json", "targets.u8", "tokens.i32", "units.i32"]
     offsets = np.fromfile(folder / "offsets.i64", "<i8")
     ids, marks = np.fromfile(folder / "tokens.i32", "<i4"), np.fromfile(folder / "targets.u8", "u1")
     assert len(offsets) == 3

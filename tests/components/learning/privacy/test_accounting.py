@@ -117,7 +117,9 @@ def test_a_silo_with_too_few_units_is_refused_with_a_cure() -> None:
     terms, training = Privacy(epsilon=2.0, rounds=3), Training(steps=5, batch_size=32)
     with pytest.raises(RefusedError, match=r"at most the 31 records to train on.*got 32; lower it"):
         round_mechanism(terms, training, 31)
-    with pytest.raises(RefusedError, match=r"privacy.delta: must be below one by the silo's 2000 persons, got 0.001; lower it, to 5e-05"):
+    with pytest.raises(
+        RefusedError, match=r"privacy.delta: must be below 1/2000, since the silo has 2000 persons, got 0.001; lower it, to 5e-05"
+    ):
         round_mechanism(terms.model_copy(update={"delta": 1e-3, "unit": "person"}), training, 2000)
     whole = round_mechanism(terms, training, 32)
     assert whole.sampling_probability == 1.0
