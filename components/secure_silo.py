@@ -18,6 +18,7 @@ from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.learning.tensor_file import MalformedFile, open_tensor_file
 from silotune.components.learning.update import Header, read_header, sum_of_squares
 from silotune.components.mask_secrets import Covered, MaskSecrets, Opened, Secrets
+from silotune.components.policy import Policy
 from silotune.components.progress import Pulse, beating
 from silotune.components.protocol import Plan, Turn
 from silotune.components.rounds import Rounds
@@ -69,6 +70,7 @@ class SiloPart:
     silo: str
     home: Path
     secrets: MaskSecrets
+    few: int  # silos that a roster, or a sum, must have: by the terms, and by the silo's own policy
 
     @classmethod
     def of(cls, federation: Federation, rounds: Rounds, plan: Plan, turn: Turn, silo: str, home: Path) -> SiloPart:
@@ -82,7 +84,9 @@ class SiloPart:
         if odd := agreement.changes(federation.agreement(agreement.base, agreement.tokenizer)):
             rule = f"the plan's terms differ from this silo's federation file in {', '.join(odd)}; bring the two together"
             raise RefusedError(f"silo {silo!r}: {rule}", "terms differ")
-        return cls(SecureRound.of(rounds, turn, plan.digest), plan, agreement, silo, home, MaskSecrets(home))
+        policy = Policy.of(federation, silo)
+        few = max(secure_terms.least(agreement), (policy and policy.min_participants) or 0)
+        return cls(SecureRound.of(rounds, turn, plan.digest), plan, agreement, silo, home, MaskSecrets(home), few)
 
     # The stages; each returns whether there was anything to do.
 
@@ -209,8 +213,8 @@ class SiloPart:
             raise self._refused("the roster leaves it out", "not in the roster")
         if strangers := sorted(set(roster.members) - set(self.plan.participants)):
             raise self._refused(f"the roster names {', '.join(strangers)}, whom the plan does not ask", "strangers in the roster")
-        if len(roster.members) < (few := secure_terms.least(self.agreement)):
-            raise self._refused(f"the roster has {len(roster.members)} silos, needs {few}", "roster too small")
+        if len(roster.members) < self.few:
+            raise self._refused(f"the roster has {len(roster.members)} silos, needs {self.few}", "roster too small")
         peers = {silo: self.secure.named(MaskKeys, silo, digest) for silo, digest in roster.members.items()}
         own = self._public(self._own())
         if (peers[self.silo].sealing, peers[self.silo].masking) != (own.sealing, own.masking):
@@ -224,8 +228,8 @@ class SiloPart:
         first = self.secure.roster("share")
         if first is None or not roster.members.keys() <= first.members.keys():
             raise self._refused("the second roster names silos that the first one does not", "roster grew")
-        if len(roster.members) < (few := secure_terms.least(self.agreement)):
-            raise self._refused(f"the roster has {len(roster.members)} silos, needs {few}", "roster too small")
+        if len(roster.members) < self.few:
+            raise self._refused(f"the roster has {len(roster.members)} silos, needs {self.few}", "roster too small")
         return first
 
     def _shares(self, first: Roster, roster: Roster, peers: Mapping[str, MaskKeys]) -> dict[str, tuple[bytes, bytes]]:
@@ -260,8 +264,8 @@ class SiloPart:
         """Raises RefusedError where a set of survivors would not protect those in it."""
         if survivors.roster != roster.digest or not survivors.members.keys() <= roster.members.keys():
             raise self._refused("the survivors are not of the second roster", "survivors grew")
-        if len(survivors.members) < (few := secure_terms.least(self.agreement)):
-            raise self._refused(f"{len(survivors.members)} silos survive, a sum needs {few}", "too few survivors")
+        if len(survivors.members) < self.few:
+            raise self._refused(f"{len(survivors.members)} silos survive, a sum needs {self.few}", "too few survivors")
         if (
             self.silo in survivors.members
             and self.secure.named(MaskedVector, self.silo, survivors.members[self.silo]).roster != roster.digest

@@ -34,6 +34,7 @@ from silotune.components.protocol import (
     UpdateManifest,
 )
 from silotune.components.rounds import Rounds
+from silotune.components.secure_records import MaskedVector, MaskKeys, Opening, Roster, SealedShares, Survivors
 
 ORDER = 2**252 + 27742317777372353535851937790883648493  # of Ed25519's base point
 
@@ -250,6 +251,7 @@ COMMIT: dict[str, Any] = {
     "outcome": "initialized", "custody": "local", "agreement": "a", "plan": None, "attempt": 0, "contributions": {}, "missing": {},
     "previous": None, "incoming": None, "outgoing": "g", "best": 0, "started": 1.0, "at": 1.0,
 }  # fmt: skip
+PART: dict[str, Any] = {"round": 1, "silo": "north", "attempt": 1, "plan": "p"}
 # A record of every kind, where it lies, and a place of another round, silo or number.
 RECORDS: list[tuple[Record, str, str]] = [
     (
@@ -270,6 +272,18 @@ RECORDS: list[tuple[Record, str, str]] = [
     (Exported(commit="c", round=1, outgoing="g", location="/x", files={}), "fed/exports/c.json", "fed/exports/d.json"),
     (TrackingRun(experiment="1", run="2"), "fed/tracking.json", "fed/tracking2.json"),
     (audit.Entry(number=1, previous=None, kind="commit", round=0, at=1.0), "fed/audit/000001.json", "fed/audit/000002.json"),
+    (MaskKeys(**PART, sealing="5" * 64, masking="6" * 64), "fed/rounds/00001/secagg/1/keys/north.json", "fed/rounds/00001/secagg/2/keys/north.json"),
+    (SealedShares(**PART, roster="r", seed="5" * 64, shares={}), "fed/rounds/00001/secagg/1/shares/north.json", "fed/rounds/00001/secagg/1/shares/south.json"),
+    (MaskedVector(**PART, roster="r", object="o", bytes=1, cursor=1), "fed/rounds/00001/secagg/1/masked/north.json", "fed/rounds/00001/secagg/2/masked/north.json"),
+    (Opening(**PART, survivors="s", seeds={}, keys={}), "fed/rounds/00001/secagg/1/openings/north.json", "fed/rounds/00001/secagg/2/openings/north.json"),
+    (
+        Roster(round=1, attempt=1, stage="share", plan="p", members={}, at=1.0),
+        "fed/rounds/00001/secagg/1/rosters/share.json", "fed/rounds/00001/secagg/1/rosters/mask.json",
+    ),
+    (
+        Survivors(round=1, attempt=1, plan="p", roster="r", members={}, missing={}, at=1.0),
+        "fed/rounds/00001/secagg/survivors.json", "fed/rounds/00002/secagg/survivors.json",
+    ),
 ]  # fmt: skip
 kinds = pytest.mark.parametrize(("record", "place", "elsewhere"), RECORDS, ids=[type(r).__name__ for r, _, _ in RECORDS])
 

@@ -267,6 +267,13 @@ def test_terms_that_the_silo_no_longer_agrees_to(tmp_path: Path) -> None:
     assert course.box("mask", "ada") == "ada refused: terms differ"
 
 
+def test_a_policy_that_wants_more_silos_in_a_sum_than_the_terms(tmp_path: Path) -> None:
+    course = reach(SecureCourse(tmp_path), "mask")
+    course.stage("mask", without=["di"])
+    (Path(course.federation.silo("ada").storage) / "policy.yaml").write_text("dataset: ward\nmin_participants: 4\n")
+    assert course.stage("unmask") == ["ada refused: too few survivors", "bo ok", "cy ok", "di ok"]
+
+
 # Silos that play false
 
 

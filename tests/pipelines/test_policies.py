@@ -132,6 +132,33 @@ def test_the_coordinator_makes_the_course_and_erases_tensor_files_only(load: Cal
     assert actions == {"s3:PutObject", "s3:GetObject", "s3:ListBucket", "s3:AbortMultipartUpload", "s3:DeleteObject"}
 
 
+def test_with_secure_aggregation_a_silo_reads_what_is_sealed_and_nothing_that_opens_a_sum(
+    load: Callable[[str], Federation], tmp_path: Path
+) -> None:
+    plain = load("s3://bucket/")
+    terms = (tmp_path / "f.yaml").read_text() + "privacy: {secure_aggregation: {}}\naggregation: {clip: {norm: 1.0}}\n"
+    (tmp_path / "f.yaml").write_text(terms)
+    secure = Federation.load(tmp_path / "f.yaml")
+    sums = "rounds/00003/secagg"
+    told = {s: {f"{sums}/1/{folder}/{s}.json" for folder in ("keys", "shares", "masked", "openings")} for s in SILOS}
+    given = {f"{sums}/survivors.json", f"{sums}/1/rosters/share.json", f"{sums}/1/rosters/mask.json"}
+    public = {key for s in SILOS for key in told[s] if "/keys/" in key or "/shares/" in key}
+    every = given | set().union(*told.values())
+
+    def may(policy: dict[str, Any], action: str) -> set[str]:
+        patterns = [p for s in policy["Statement"] if s["Effect"] == "Allow" and s["Action"] == action for p in s["Resource"]]
+        return {key for key in every if any(fits(p, arn("", key)) for p in patterns)}
+
+    for silo in SILOS:
+        policy = policies.silo_policy(secure, silo)
+        assert may(policy, "s3:PutObject") == told[silo]
+        assert may(policy, "s3:GetObject") == given | public | told[silo]
+        assert may(policies.silo_policy(plain, silo), "s3:GetObject") == set()
+    assert may(policies.coordinator_policy(secure), "s3:PutObject") == given
+    assert may(policies.coordinator_policy(secure), "s3:GetObject") == every
+    assert may(policies.coordinator_policy(secure), "s3:DeleteObject") == set()
+
+
 def both(federation: Federation, **options: Any) -> list[dict[str, Any]]:
     return [policies.silo_policy(federation, "north", **options), policies.coordinator_policy(federation, **options)]
 
