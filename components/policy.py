@@ -1,7 +1,7 @@
 """The silo's own policy: what its steward lets federations do with its records, whatever a coordinator asks.
 
-``policy.yaml`` lies in the silo's ``storage``, or where SILOTUNE_POLICY says: a file, or a folder with such a file, as a mounted ConfigMap is. The silo's own
-steps read it, and insist on it before any record is read; a federation that asks for something else is refused by the name of the rule:
+``policy.yaml`` lies in the silo's ``storage``; in a Job, beside the federation file in the silo's own ConfigMap; or where SILOTUNE_POLICY says: a
+file, or a folder with such a file. The silo's own steps read it, and insist on it before any record is read; a federation that asks for something else is refused by the name of the rule:
 
     refused: policy: strategy
 
@@ -31,6 +31,7 @@ from silotune.components.strategies import STRATEGIES
 
 VARIABLE = "SILOTUNE_POLICY"
 NAME = "policy.yaml"
+MOUNT = Path("/federation")  # where a Job finds the silo's ConfigMap, of which the admission policy lets it see no other
 DATASET = r"^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$"
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ImageDigest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -132,8 +133,11 @@ class Policy(Section):
         if named := os.environ.get(VARIABLE):
             path = Path(named)
             return cls.load(path / NAME if path.is_dir() else path)
-        path = Path(federation.silo(silo_id).storage) / NAME
-        return cls.load(path) if path.exists() else None
+        mounted = federation.file.parent if federation.file.parent == MOUNT else None
+        for folder in filter(None, (mounted, Path(federation.silo(silo_id).storage))):
+            if (folder / NAME).exists():
+                return cls.load(folder / NAME)
+        return None
 
 
 @dataclass(frozen=True)

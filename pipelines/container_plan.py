@@ -19,6 +19,7 @@ from typing import Literal
 from silotune.components import base_model, keys
 from silotune.components.federation import Federation
 from silotune.components.federation_file import COORDINATOR, is_remote
+from silotune.components.policy import VARIABLE as POLICY_VARIABLE
 from silotune.components.progress import RUN_VARIABLE
 
 PARTY_VARIABLE = "SILOTUNE_PARTY"  # in a container: the silo's id, or coordinator
@@ -91,6 +92,9 @@ def plan(federation: Federation, party: str, run_folder: Path) -> ContainerPlan:
         for place in records:
             read += [] if is_remote(place) else _with_links(Path(place))
         write.append(Path(silo.storage))
+        if named := os.environ.get(POLICY_VARIABLE):
+            environment[POLICY_VARIABLE] = os.path.abspath(named)
+            read.append(Path(environment[POLICY_VARIABLE]))
     if store := _local(federation.storage.root):
         write.append(store)
     base, known = _base(federation)

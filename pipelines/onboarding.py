@@ -25,6 +25,7 @@ from silotune.components import train_job
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation, Silo
 from silotune.components.federation_file import COORDINATOR, is_remote
+from silotune.pipelines import policy_starter
 from silotune.pipelines.policies import silo_policy
 
 MANIFESTS = Path(__file__).parents[1] / "k8s"
@@ -102,7 +103,7 @@ def write_silo(
         "kind": "Kustomization",
         "resources": ["base", *(["launcher.yaml"] if own_cluster else [])],
         **({"components": parts} if parts else {}),
-        "configMapGenerator": [{"name": "silotune-federation", "namespace": namespace, "files": ["federation.yaml"]}],
+        "configMapGenerator": [{"name": "silotune-federation", "namespace": namespace, "files": ["federation.yaml", "policy.yaml"]}],
         "generatorOptions": {"disableNameSuffixHash": True},
         "patches": [
             {"target": target, "patch": yaml.dump(operations, Dumper=_Plain, sort_keys=False, width=140)} for target, operations in patches
@@ -111,6 +112,7 @@ def write_silo(
     head = f"# Silo {silo_id} of federation {federation.name}: what of base/ is this silo's own. README.md says what it grants.\n"
     (folder / "kustomization.yaml").write_text(head + yaml.dump(kustomization, Dumper=_Blocks, sort_keys=False, width=140))
     shutil.copyfile(federation.file, folder / "federation.yaml")
+    policy_starter.write(folder / "policy.yaml", federation, silo_id, None, images)
     (folder / "iam-policy.json").write_text(json.dumps(policy, indent=2) + "\n")
     (folder / "probe.yaml").write_text(handout("probe.yaml").format(namespace=namespace))
     logs = f"{silo.storage}/{federation.name}/logs"
@@ -319,6 +321,8 @@ def _readme(
         "meet the restricted Pod Security Standard; delete it afterwards.",
         "Read `federation.yaml`. It is the silo's own copy of the terms: paths may be changed, terms may not, and every change is applied "
         "with `kubectl apply -k .`.",
+        f"Read `policy.yaml`, tighten it, and look at the result: `silotune review federation.yaml --policy policy.yaml --silo {silo.id}`. It is the "
+        "silo's own, which every Job of its insists on before it reads a record; delete what you do not want to rule.",
         "Check that the network plug-in enforces policies; many do not: `probe.yaml` says how.",
     ]
     if not base.startswith(f"{MOUNT}/") and not is_remote(base):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from silotune.components.errors import FederationError
@@ -11,7 +12,7 @@ from silotune.components.policy import Policy
 
 TEXT = """\
 # What may be done with this silo's records, whatever a coordinator asks. Only the silo's steward changes it.
-# It lies in the silo's storage as policy.yaml, or where SILOTUNE_POLICY says.
+# It lies in the silo's storage as policy.yaml, in its ConfigMap silotune-federation, or where SILOTUNE_POLICY says.
 #   silotune review FEDERATION --policy policy.yaml     what a federation asks for against it
 # A rule that is left out restricts nothing. Filled in here: what federation {name} asks for today.
 
@@ -45,18 +46,18 @@ min_participants: {count}           # silos that a round must ask at least
 """
 
 
-def write(file: Path, federation: Federation, silo_id: str, base: str | None) -> None:
+def write(file: Path, federation: Federation, silo_id: str, base: str | None, images: Sequence[str]) -> None:
     """Write a policy that lets this federation through.
 
     Args:
         base: digest of the base model, where it is known here.
+        images: that the silo's work may run in, by digest; none where it runs outside of a container.
 
     Raises:
         FederationError: there is a file already, or it cannot be written.
     """
     keys = [key.public for key in federation.public_keys.get(COORDINATOR, [])] if federation.security.keys else []
-    image = federation.silo(silo_id).placement.image
-    digest = image.rpartition("@")[2] if image and "@" in image else ""
+    digests = [image.rpartition("@")[2] for image in images]
     privacy = federation.privacy
 
     def rule(name: str, values: list[str], what: str) -> str:
@@ -66,9 +67,9 @@ def write(file: Path, federation: Federation, silo_id: str, base: str | None) ->
         name=federation.name, dataset=silo_id, strategy=federation.aggregation.strategy, codec=federation.communication.codec,
         coordinators=rule("coordinators", [f'"{k}"' for k in keys], "ed25519:…: the coordinator's public key"),
         bases=rule("bases", [base] if base else [], "the base model's SHA-256, as silotune check prints it"),
-        images=rule("images", [f'"{digest}"'] if digest else [], "sha256:…: what the silo's work runs in"),
+        images=rule("images", [f'"{digest}"' for digest in digests], "sha256:…: what the silo's work runs in"),
         required=str(privacy.of_records).lower(), unit=privacy.unit, secure=str(privacy.secure_aggregation is not None).lower(),
-        count=len(federation.silos),
+        count=federation.quorum.count,
     )  # fmt: skip
     try:
         with file.open("x", encoding="utf-8") as out:

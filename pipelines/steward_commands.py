@@ -53,8 +53,9 @@ def new_policy(
     from silotune.pipelines.checkup import local_base
 
     federation = _load(file)
-    base = local_base(federation)
-    policy_starter.write(output, federation, _silo(federation, silo), base.digest if base else None)
+    base, silo_id = local_base(federation), _silo(federation, silo)
+    image = federation.silo(silo_id).placement.image
+    policy_starter.write(output, federation, silo_id, base.digest if base else None, [image] if image and "@" in image else [])
     typer.echo(f"{output} written; put it into the silo's storage once it says what you want")
 
 

@@ -46,7 +46,7 @@ RULES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("base model", {"bases": ["b" * 64]}, {}, {"base": "c" * 64}),
     ("image", {"images": ["sha256:" + "1" * 64]}, {}, {"image": IMAGE[:-1] + "2"}),
     ("image", {"images": ["sha256:" + "1" * 64]}, {}, {"image": None}),
-    ("strategy", {"strategies": ["fedavg", "ffa"]}, {}, {"aggregation": {"strategy": "rolora"}}),
+    ("strategy", {"strategies": ["fedavg", "ffa"]}, {"aggregation": {"strategy": "fedavg"}}, {"aggregation": {"strategy": "rolora"}}),
     ("codec", {"codecs": ["float32"]}, {}, {"communication": {"codec": "bfloat16"}}),
     ("privacy", {"privacy": {"required": True}}, DP, {}),
     ("privacy", {"privacy": {"epsilon": {"month": 5.0}}}, DP, {}),
@@ -181,6 +181,12 @@ def test_where_it_lies(make_federation: Any, tmp_path: Path, monkeypatch: pytest
     written(storage, "dataset: in-storage\n")
     assert Policy.of(federation, "north").dataset == "in-storage"  # type: ignore[union-attr]
     assert Policy.of(federation, "south") is None
+    with monkeypatch.context() as job:
+        job.setattr("silotune.components.policy.MOUNT", federation.file.parent)
+        assert Policy.of(federation, "north").dataset == "in-storage"  # type: ignore[union-attr]
+        written(federation.file.parent, "dataset: in-config-map\n")
+        assert Policy.of(federation, "north").dataset == "in-config-map"  # type: ignore[union-attr]
+    assert Policy.of(federation, "south") is None  # beside the file it counts in a Job only
     mounted = tmp_path / "mounted"
     mounted.mkdir()
     monkeypatch.setenv("SILOTUNE_POLICY", str(mounted))
@@ -207,7 +213,7 @@ def read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_preprocess_refuses_before_it_reads_a_record(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = make_federation()
+    file = make_federation(aggregation={"strategy": "fedavg"})
     put(file, "north", strategies=["ffa"])
     read_nothing(monkeypatch)
     with pytest.raises(RefusedError, match="its policy allows ffa as strategy, the federation asks for fedavg") as refused:

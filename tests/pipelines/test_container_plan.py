@@ -92,6 +92,16 @@ def test_keys_in_one_folder_are_given_out_singly(planned: Any, tmp_path: Path, m
     assert found.environment["SILOTUNE_KEYS"] == str(folder)
 
 
+def test_the_policy_of_this_machine_holds_in_a_silos_container(planned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("dataset: notes\n")
+    monkeypatch.setenv("SILOTUNE_POLICY", str(policy))
+    (_, silo), (_, coordinator) = planned("north"), planned("coordinator")
+    assert silo.environment["SILOTUNE_POLICY"] == str(policy)
+    assert policy in silo.read
+    assert "SILOTUNE_POLICY" not in coordinator.environment
+
+
 def test_s3_needs_the_network_and_its_variables(planned: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "home" / ".aws").mkdir(parents=True)
     profile = tmp_path / "home" / ".aws" / "config"

@@ -19,6 +19,7 @@ import yaml
 from silotune.components import job_manifest, train_job
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation
+from silotune.components.policy import Policy
 from silotune.pipelines import onboarding
 from silotune.pipelines.policies import silo_policy
 
@@ -262,7 +263,10 @@ def test_the_terms_and_rights_in_the_folder_are_those_of_the_federation(onboard:
     folder = onboard()
     assert (folder / "federation.yaml").read_text() == FILE
     (mounted,) = (o for o in build(folder) if o["metadata"]["name"] == "silotune-federation")
-    assert mounted["data"] == {"federation.yaml": FILE}
+    assert mounted["data"] == {"federation.yaml": FILE, "policy.yaml": (folder / "policy.yaml").read_text()}
+    policy = Policy.load(folder / "policy.yaml")
+    assert policy.dataset == "north"
+    assert policy.images == [IMAGE.rpartition("@")[2]]
     assert json.loads((folder / "iam-policy.json").read_text()) == silo_policy(Federation.load(tmp_path / "f.yaml"), "north", tls_only=True)
     for file in (folder / "base").iterdir():
         assert file.read_bytes() == (onboarding.MANIFESTS / "base" / "silo" / file.name).read_bytes(), (
