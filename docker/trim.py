@@ -26,7 +26,7 @@ LIBRARY = (
     "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages/*", "test", "tkinter", "turtledemo", "venv", "config-3*", "*/test", "*/tests",
 )  # fmt: skip
 PACKAGES = (
-    "**/tests", "**/*.a", "**/*.pyi", "botocore/cacert.pem", "numpy/_core/include", "numpy/f2py", "pyarrow/include", "pyarrow/src", "pyarrow/*.pxd",
+    "**/tests", "**/*.a", "**/*.pyi", "botocore/cacert.pem", "numpy/_core/include", "pyarrow/include", "pyarrow/src", "pyarrow/*.pxd",
     "pyarrow/includes", "pyarrow/libarrow_flight*", "pyarrow/libarrow_python_flight*", "pyarrow/_flight*",
     "torch/bin/protoc*", "torch/bin/test_*", "torch/include", "torch/share", "torch/test", "nvidia/**/include",
 )  # fmt: skip
