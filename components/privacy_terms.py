@@ -170,6 +170,8 @@ def _secure_conflicts(
     threshold = secure.get("threshold")
     if isinstance(threshold, int) and not (count < 2 * threshold and threshold <= count):
         yield f"{where}.threshold: must be more than half of the {count} silos and at most all, got {threshold}; else two sums could be opened"
+    if _mapping(raw, "communication").get("codec", "float32") != "float32":
+        yield f"{where}: sends whole numbers of its own, got communication.codec, which would only round them before; remove codec"
     if _mapping(raw, "security").get("signing") is False:
         yield f"{where}: cannot hold with security.signing: false, since keys that nobody signed are anybody's; set it true"
     if any(isinstance(s, dict) and _mapping(s, "lora").get("r") is not None for s in (silos if isinstance(silos, list) else [])):

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from silotune.components import opening
 from silotune.components.federation import Federation
-from silotune.components.protocol import Commit, Evaluation, Exported, Plan, perplexity, pooled
+from silotune.components.protocol import Attempt, Commit, Evaluation, Exported, Plan, Turn, perplexity, pooled
 from silotune.components.rounds import Rounds
+from silotune.components.secure_records import MaskedVector, MaskKeys, SecureRound
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -121,6 +122,8 @@ def round_status(federation: Federation, rounds: Rounds, commit: Commit, latest:
 def _open(rounds: Rounds, plan: Plan) -> RoundStatus:
     delivered, disbelieved = rounds.updates(plan.round)
     attempts = rounds.attempts(plan.round)
+    if attempts and rounds.agreement(plan.agreement).privacy.secure_aggregation is not None:
+        return _open_securely(rounds, plan, attempts[-1])
     known: dict[str, str] = {}
     for attempt in attempts:
         known |= attempt.missing
@@ -139,6 +142,20 @@ def _open(rounds: Rounds, plan: Plan) -> RoundStatus:
         bytes_up=sum(m.bytes for m in delivered.values()),
         bytes_down=len(delivered) * rounds.object_size(plan.incoming),
     )
+
+
+def _open_securely(rounds: Rounds, plan: Plan, attempt: Attempt) -> RoundStatus:
+    """As far as its secure sum has come: whose masked vectors are there, and of the others how far each is."""
+    secure = SecureRound.of(rounds, Turn(plan.round, attempt.attempt), plan.digest)
+    trained, _ = secure.believed(MaskKeys, plan.participants)
+    masked, _ = secure.believed(MaskedVector, plan.participants)
+    reports = {silo: r.text for silo, r in rounds.reports(plan.round, attempt.attempt).items() if r.status != "ok"}
+    missing = {s: "trained, not masked yet" if s in trained else NOTHING for s in sorted(plan.participants) if s not in masked}
+    return RoundStatus(
+        round=plan.round, committed=False, outcome="open", participants=sorted(masked), bytes_up=sum(m.bytes for m in masked.values()),
+        missing=missing | {s: why for s, why in (attempt.missing | reports).items() if s in missing},
+        bytes_down=len(trained) * rounds.object_size(plan.incoming),
+    )  # fmt: skip
 
 
 def chosen(federation: Federation, rounds: Rounds) -> Commit:

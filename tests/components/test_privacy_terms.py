@@ -74,6 +74,7 @@ def test_all_three_promises_hold_together(tmp_path: Path) -> None:
         ),
         ({"privacy": SECURE, "aggregation": CLIPPED | {"strategy": "product"}}, "needs a strategy that is one sum, got product"),
         ({"privacy": SECURE, "aggregation": CLIPPED | {"strategy": "fednova"}}, "needs a strategy that is one sum, got fednova"),
+        ({"privacy": SECURE, "aggregation": CLIPPED, "communication": {"codec": "bfloat16"}}, "sends whole numbers of its own, got communication.codec"),
         ({"privacy": SECURE}, "privacy.secure_aggregation: needs aggregation.clip.norm"),
         ({"privacy": SECURE, "aggregation": CLIPPED | {"clip": {"quantile": 0.5}}}, "needs aggregation.clip.norm"),
         ({"privacy": SECURE, "aggregation": CLIPPED | {"weights": "tokens"}}, "cannot hold with aggregation.weights: tokens"),

@@ -15,6 +15,7 @@ from silotune.components.errors import QuorumError, RefusedError
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.protocol import Commit, Turn
 from silotune.components.secure_silo import UPDATE
+from silotune.pipelines.status import status
 
 SILOS = ("ada", "bo", "cy", "di")
 
@@ -237,3 +238,12 @@ def test_three_deaths_among_five_recover_or_fail_closed(tmp_path: Path, pattern:
     commit = course.try_round()  # all are back
     assert len(commit.contributions) == (5 if masked < 3 else masked)
     assert_mean_of(course, commit, {s: updates[s] for s in commit.contributions})
+
+
+def test_status_tells_how_far_an_open_sum_has_come(tmp_path: Path) -> None:
+    course = SecureCourse(tmp_path)
+    with pytest.raises(QuorumError):
+        course.try_round({"train": ["di"], "mask": ["bo"]})
+    (found,) = [r for r in status(course.federation, course.rounds).rounds if not r.committed]
+    assert found.participants == ["ada", "cy"]
+    assert found.missing == {"bo": "trained, not masked yet", "di": "no update yet"}
