@@ -61,6 +61,7 @@ def terms_table(federation: Federation, base: base_model.Base | None) -> Rendera
         "rounds": f"{f.rounds.total}, {f.rounds.per_run or 'all'} per run, quorum {_quorum(f)}{until}",
         "training": f"{t.steps} steps of {t.batch_size} examples per round, rate {t.learning_rate:g} {t.schedule}, seed {t.seed}",
         "aggregation": _aggregation(f),
+        "privacy": _privacy(f),
         "export": f"{f.export.select} round, {'merged model' if f.export.merge and f.model.method == 'lora' else 'as trained'}",
         "security": CUSTODY[f.custody],
         "store": f.storage.root,
@@ -73,6 +74,18 @@ def terms_table(federation: Federation, base: base_model.Base | None) -> Rendera
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return table
+
+
+def _privacy(federation: Federation) -> str:
+    """What is promised about records, and what the promise leaves out."""
+    terms = federation.privacy_agreed
+    if not terms.of_records:
+        return "none for single records; privacy.epsilon asks for it"
+    whose = "all records of a person" if terms.unit == "person" else "a record"
+    return (
+        f"epsilon {terms.epsilon:g} at delta {terms.delta:g} for {whose}, over {terms.rounds} rounds of each silo; noise follows from each silo's "
+        "number of them\nnot covered: scores on valid and test records, which are sent as they are (a silo's policy can keep them), and time"
+    )
 
 
 def _aggregation(federation: Federation) -> str:

@@ -94,6 +94,14 @@ def test_check_says_what_the_federation_is(silotune, federation):
         assert piece in out
 
 
+def test_check_says_what_is_promised_about_records_and_what_is_not(silotune, federation):
+    assert "none for single records" in silotune("check", federation.file)[1]
+    federation.file.write_text(federation.file.read_text() + "privacy: {epsilon: 3, delta: 1e-6}\n")
+    out = " ".join(silotune("check", federation.file)[1].split())
+    assert "epsilon 3 at delta 1e-06 for a record, over 3 rounds" in out
+    assert "not covered: scores on valid and test records" in out
+
+
 def test_every_problem_is_told_without_traceback(silotune, federation):
     federation.file.write_text(federation.file.read_text().replace("total: 3", "total: 0") + "epochs: 3\n")
     code, _, err = silotune("check", federation.file)
