@@ -79,7 +79,7 @@ bench: setup  ## overhead, recovery and quality benchmarks (an hour; see docs/be
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/quality.py
 
-docs: setup  ## regenerate docs/federation.md from the models
+docs: setup  ## regenerate docs/federation.md and docs/policy.md from the models
 	$(BIN)/python docs/reference.py
 
 golden: setup  ## rewrite the compiled pipelines that tests compare with

@@ -76,7 +76,7 @@ class Policy(Section):
     )
     coordinators: list[Key] | None = Field(None, min_length=1, description="Public keys of coordinators that may ask.")
     bases: list[Digest] | None = Field(
-        None, min_length=1, description="Digests of base models that may be trained, as `silotune check` prints them."
+        None, min_length=1, description="Digests of base models that may be trained; `silotune policy new` fills in the present one."
     )
     images: list[ImageDigest] | None = Field(None, min_length=1, description="Digests of images that the silo's work may run in.")
     strategies: list[str] | None = Field(None, min_length=1, description="Strategies of aggregation.")

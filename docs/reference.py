@@ -1,4 +1,4 @@
-"""docs/federation.md from the models of components/federation.py, so that it cannot say anything else than they do.
+"""docs/federation.md and docs/policy.md from the models of components/federation.py and policy.py, so that they cannot say anything else than they do.
 
 python docs/reference.py
 
@@ -9,6 +9,7 @@ compared as `silotune check` compares them.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import warnings
@@ -16,10 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from silotune.components import policy
 from silotune.components.federation import Federation, json_schema
 from silotune.components.federation_file import DURATION
 
 FILE = Path(__file__).with_name("federation.md")
+POLICY_FILE = Path(__file__).with_name("policy.md")
 
 HEAD = """\
 <!-- Written by `make docs` from components/federation.py; edits here are lost. -->
@@ -66,6 +69,39 @@ A silo trains only on the terms of its own copy of the file. After an amendment 
 `refused: terms differ`. Do not amend while a run is going.
 """
 
+POLICY_HEAD = """\
+<!-- Written by `make docs` from components/policy.py; edits here are lost. -->
+
+# A silo's policy
+
+`policy.yaml` says what a silo's steward allows to be done with its records, whatever a coordinator asks. It is the silo's own: a
+coordinator may draft it, and neither sets nor sees it. `silotune policy new FILE --silo SILO` writes one to start from.
+
+```yaml
+dataset: discharge-letters
+strategies: [fedavg, ffa]
+privacy:
+  unit: person
+  epsilon: {run: 3.0, total: 10.0, delta: 1e-6}
+min_participants: 3
+expires: 2027-12-31
+```
+
+It lies in the silo's `storage`; in a Job, beside `federation.yaml` in the silo's ConfigMap `silotune-federation`; or where SILOTUNE_POLICY names a
+file, or a folder that holds `policy.yaml`. The silo's own steps (preprocess, train, evaluate) read it anew each time, and insist on it before a record is
+read. A rule that is left out restricts nothing. Unknown keys are errors, and all errors are told together.
+
+What is against it is `refused`, exit code 4, and the round goes on without the silo. The others learn the rule and nothing else:
+
+`RULES`
+
+| refused because of | means |
+|---|---|
+| `budget` | the ledger has no room for this training |
+| `ledger damaged` | an entry was altered or is gone; see [operations.md](operations.md#for-a-silos-steward) |
+| `output control` | the update held something that the plan does not ask for; nothing was sent |
+"""
+
 NOTES = {
     "name": "Another name is another federation, which begins anew.",
     "model.base": "The path is free, its contents are not: other weights or another tokenizer make a new federation.",
@@ -81,14 +117,24 @@ ENTRIES = {"silos": "silos[]", "security.keys": "security.keys.PARTY[]"}  # list
 
 
 def text() -> str:
-    """The whole page."""
-    schema = json_schema()
-    page = [HEAD]
+    """The whole page about the federation file."""
+    return _page(HEAD, json_schema(), ["key", "type", "default", "meaning", "edit"])
+
+
+def policy_text() -> str:
+    """The whole page about the policy."""
+    reasons = dict.fromkeys(re.findall(r'Verdict\(\s*"([a-z ]+)"', inspect.getsource(policy)))
+    said = ", ".join(f"`policy: {reason}`" for reason in reasons)
+    return _page(POLICY_HEAD.replace("`RULES`", said), policy.Policy.model_json_schema(), ["key", "type", "default", "meaning"])
+
+
+def _page(head: str, schema: dict[str, Any], columns: list[str]) -> str:
+    page = [head]
     for where, model in _sections(schema, "", schema):
-        page += [f"## {_title(where)}\n", *_intro(model), "| key | type | default | meaning | edit |", "|---|---|---|---|---|"]
+        page += [f"## {_title(where)}\n", *_intro(model), f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for key, about in model["properties"].items():
             path = f"{where}.{key}" if where else key
-            page.append("| " + " | ".join(_row(schema, model, path, key, about)) + " |")
+            page.append("| " + " | ".join(_row(schema, model, path, key, about, edits="edit" in columns)) + " |")
         page.append("")
     return "\n".join(page).rstrip() + "\n"
 
@@ -114,13 +160,13 @@ def _title(where: str) -> str:
 
 
 def _intro(model: dict[str, Any]) -> list[str]:
-    if model["title"] == "Federation":
+    if model["title"] in ("Federation", "Policy"):
         return []
     said = " ".join(model.get("description", "").split())
     return [f"{said}\n"] if said else []
 
 
-def _row(schema: dict[str, Any], model: dict[str, Any], path: str, key: str, about: dict[str, Any]) -> list[str]:
+def _row(schema: dict[str, Any], model: dict[str, Any], path: str, key: str, about: dict[str, Any], *, edits: bool = True) -> list[str]:
     section = _section(schema, about)
     meaning = _escaped(about.get("description", ""))
     if section:
@@ -131,7 +177,8 @@ def _row(schema: dict[str, Any], model: dict[str, Any], path: str, key: str, abo
     if note := NOTES.get(path):
         meaning = f"{meaning} {note}".strip()
     default = "required" if key in model.get("required", ()) else DEFAULTS.get(path) or _default(about, section)
-    return [f"`{key}`", kind, default, meaning, "" if section and not plain else edit(path)]  # else the keys of the section say it
+    row = [f"`{key}`", kind, default, meaning]
+    return [*row, "" if section and not plain else edit(path)] if edits else row  # else the keys of the section say it
 
 
 def _plain(path: str) -> str:
@@ -175,6 +222,8 @@ def _type(about: dict[str, Any], section: str) -> str:
         return "texts by name" if entries == {"type": "string"} else f"by party: {_type(entries, section)}"
     if about.get("pattern") == DURATION:
         return "time"
+    if about.get("format") == "date":
+        return "day, as `2027-12-31`"
     kind = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false"}[about["type"]]
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     return kind + "".join(f"{',' if i else ''} {sign} {about[word]}" for i, (word, sign) in enumerate(
@@ -252,5 +301,6 @@ def _agreement(federation: Federation) -> Any:
 
 
 if __name__ == "__main__":
-    FILE.write_text(text(), encoding="utf-8")
-    print(f"{FILE} written")
+    for file, content in ((FILE, text()), (POLICY_FILE, policy_text())):
+        file.write_text(content, encoding="utf-8")
+        print(f"{file} written")

@@ -66,7 +66,7 @@ def write(file: Path, federation: Federation, silo_id: str, base: str | None, im
     text = TEXT.format(
         name=federation.name, dataset=silo_id, strategy=federation.aggregation.strategy, codec=federation.communication.codec,
         coordinators=rule("coordinators", [f'"{k}"' for k in keys], "ed25519:…: the coordinator's public key"),
-        bases=rule("bases", [base] if base else [], "the base model's SHA-256, as silotune check prints it"),
+        bases=rule("bases", [base] if base else [], "the base model's SHA-256, which silotune policy new fills in where the base is a local folder"),
         images=rule("images", [f'"{digest}"' for digest in digests], "sha256:…: what the silo's work runs in"),
         required=str(privacy.of_records).lower(), unit=privacy.unit, secure=str(privacy.secure_aggregation is not None).lower(),
         count=federation.quorum.count,

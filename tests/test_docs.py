@@ -43,6 +43,7 @@ def anchors(file: Path) -> set[str]:
 
 def test_the_page_about_the_file_is_what_the_models_say(reference: ModuleType) -> None:
     assert (ROOT / "docs" / "federation.md").read_text(encoding="utf-8") == reference.text(), "run `make docs`"
+    assert (ROOT / "docs" / "policy.md").read_text(encoding="utf-8") == reference.policy_text(), "run `make docs`"
 
 
 @pytest.mark.parametrize(
