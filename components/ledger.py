@@ -10,6 +10,9 @@ digest, and the silo's key signs it: the last signature vouches for all before i
 altered, taken out or put elsewhere. What it cannot see is that the *last* ones are gone: for that there is `require_told`.
 
 An entry stands before a record is read, so that a training that breaks off counts as done.
+
+Of a ledger in a bucket the silo keeps a copy in its storage, a line an entry, so that only new ones are fetched. The copy is held to the same rules, and
+its last entry to the bucket's.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -25,8 +30,10 @@ from pydantic import Field
 from silotune.components import keys
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Federation, PublicKey, canonical_json
+from silotune.components.federation_file import is_remote
 from silotune.components.learning.privacy.accounting import Mechanism
-from silotune.components.object_store import ObjectStore, open_store
+from silotune.components.local_files import beside, file_errors
+from silotune.components.object_store import ObjectMissing, ObjectStore, open_store
 from silotune.components.protocol import Record
 from silotune.components.section import Section
 
@@ -75,10 +82,11 @@ class Ledger:
     """One data set's entries in one store."""
 
     def __init__(
-        self, store: ObjectStore, dataset: str, sign: Callable[[bytes], str], trusted: Iterable[PublicKey]
+        self, store: ObjectStore, dataset: str, sign: Callable[[bytes], str], trusted: Iterable[PublicKey], copies: Path | None = None
     ) -> None:  # fmt: skip
         self.store = store
         self.dataset = dataset
+        self._copies = copies  # folder of copies on this machine
         self._sign = sign
         self._trusted = list(trusted)
         self._entries: list[Entry] = []  # that have been read and verified
@@ -96,11 +104,12 @@ class Ledger:
         trusted = [*own, *federation.public_keys.get(silo_id, []), *(PublicKey(public=text) for text in former)]
         location = (policy.ledger.at if policy else None) or federation.silo(silo_id).storage
         dataset = policy.dataset if policy else silo_id
-        return cls(open_store(location), dataset, lambda message: keys.sign_as(federation, silo_id, message), trusted)
+        copies = Path(federation.silo(silo_id).storage) / "ledger-copies" if is_remote(location) else None
+        return cls(open_store(location), dataset, lambda message: keys.sign_as(federation, silo_id, message), trusted, copies)
 
     def beside(self, dataset: str) -> Ledger:
         """That of another data set in the same place."""
-        return Ledger(self.store, dataset, self._sign, self._trusted)
+        return Ledger(self.store, dataset, self._sign, self._trusted, self._copies)
 
     def datasets(self) -> list[str]:
         """All that have a ledger in this place."""
@@ -116,18 +125,42 @@ class Ledger:
             RefusedError: one is missing, altered or not where it was written.
         """
         count = self._count()
+        if self._copies and not self._entries:
+            self._recall(self._copies / f"{self.dataset}.jsonl")
         if count < len(self._entries):
-            raise self._damaged(self.key(len(self._entries)), "was there a moment ago, and is gone")
+            raise self._damaged(self.key(len(self._entries)), "was there before, and is gone")
         new = [self.key(number) for number in range(len(self._entries) + 1, count + 1)]
         with ThreadPoolExecutor(READERS) as pool:
-            found, head = list(self._entries), self._head
-            for key, data in zip(new, pool.map(self.store.get, new), strict=True):
-                found.append(self._linked(key, data, found[-1] if found else None, head))
-                head = hashlib.sha256(data).hexdigest()
-        if new:
-            self._require_signed(found[-1], new[-1])
+            self._take(list(pool.map(self.store.get, new)))
+        if self._copies and new:
+            with file_errors(str(self._copies)), beside(self._copies / f"{self.dataset}.jsonl") as copy:
+                copy.write_bytes(b"".join(entry.encode() + b"\n" for entry in self._entries))
+        return list(self._entries)
+
+    def _take(self, further: Sequence[bytes]) -> None:
+        """Verify entries that go on from those that are known, and know them."""
+        found, head = list(self._entries), self._head
+        for data in further:
+            found.append(self._linked(self.key(len(found) + 1), data, found[-1] if found else None, head))
+            head = hashlib.sha256(data).hexdigest()
+        if further:
+            self._require_signed(found[-1], self.key(len(found)))
         self._entries, self._head = found, head
-        return list(found)
+
+    def _recall(self, copy: Path) -> None:
+        """Know what a copy holds; one that is not whole is no loss, one that the store contradicts is a history that was written twice."""
+        try:
+            lines = copy.read_bytes().splitlines()
+            self._take(lines)
+        except FileNotFoundError:
+            return
+        except RefusedError:
+            copy.unlink()
+            return
+        with suppress(ObjectMissing):  # told by the count
+            if lines and self.store.get(self.key(len(lines))) != lines[-1]:
+                self._entries, self._head = [], None
+                raise self._damaged(self.key(len(lines)), f"is not what it was when this machine last read it (see {copy})")
 
     def append(self, charge: Charge, at: float) -> Entry | None:
         """Put an entry behind those that `entries` has given; None where somebody was faster.

@@ -28,7 +28,7 @@ def ledger(store: ObjectStore, folder: Path, dataset: str = "notes", party: str 
     """A fresh look at a ledger, as another process has it."""
     own = key_of(folder, party)
     private = keys.private_key(folder / "keys" / f"{party}.pem")
-    return Ledger(store, dataset, lambda message: keys.signature(private, message), more.get("trusted", [own]))
+    return Ledger(store, dataset, lambda message: keys.signature(private, message), more.get("trusted", [own]), more.get("copies"))
 
 
 def charge(number: int = 1, federation: str = "fed", z: float = 4.0, **more: Any) -> Charge:

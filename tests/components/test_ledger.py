@@ -264,3 +264,71 @@ def test_a_charge_holds_no_more_than_it_says() -> None:
     assert set(Charge.model_fields) == {
         "federation", "agreement", "plan", "round", "silo", "content", "mechanism", "unit", "delta", "noise",
     }  # fmt: skip
+
+
+# Copies of ledgers that lie in a bucket
+
+
+class Counting:
+    """A store that counts what is fetched."""
+
+    def __init__(self, store: Any) -> None:
+        self.store, self.fetched = store, 0
+
+    def get(self, key: str) -> bytes:
+        self.fetched += 1
+        return bytes(self.store.get(key))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+def test_of_a_copy_only_new_entries_are_fetched(s3: ObjectStore, tmp_path: Path) -> None:
+    filled(s3, tmp_path, 4)
+    copies = tmp_path / "copies"
+    for known, new in ((0, 4), (4, 0), (4, 1), (5, 0)):
+        if known and new:
+            book = ledgers.ledger(s3, tmp_path, copies=copies)
+            book.entries()
+            book.append(ledgers.charge(5), AT + 5)
+        store = Counting(s3)
+        found = ledgers.ledger(store, tmp_path, copies=copies).entries()  # type: ignore[arg-type]
+        assert [e.charge.round for e in found] == list(range(1, known + new + 1))
+        assert store.fetched == new + (1 if known else 0)  # and the last known one, to compare
+
+
+def test_a_copy_that_is_not_whole_is_made_again(folder: ObjectStore, tmp_path: Path) -> None:
+    filled(folder, tmp_path, 4)
+    copies = tmp_path / "copies"
+    before = ledgers.ledger(folder, tmp_path, copies=copies).entries()
+    copy = copies / "notes.jsonl"
+    whole = copy.read_bytes()
+    for harmed in (whole[:-30], whole.replace(b'"round":2', b'"round":7'), b"", b"\xff\n", whole.split(b"\n", 1)[1]):
+        copy.write_bytes(harmed)
+        assert ledgers.ledger(folder, tmp_path, copies=copies).entries() == before
+        assert copy.read_bytes() == whole
+
+
+def test_a_store_that_contradicts_the_copy_has_a_second_history(folder: ObjectStore, tmp_path: Path) -> None:
+    book = filled(folder, tmp_path, 3)
+    copies = tmp_path / "copies"
+    ledgers.ledger(folder, tmp_path, copies=copies).entries()
+    folder.delete(book.key(3))
+    with pytest.raises(RefusedError, match="was there before, and is gone"):
+        ledgers.ledger(folder, tmp_path, copies=copies).entries()
+    other = ledgers.ledger(folder, tmp_path)  # a machine without the copy takes what it finds, and goes on
+    other.entries()
+    other.append(ledgers.charge(9), AT + 9)
+    with pytest.raises(RefusedError, match="is not what it was"):
+        ledgers.ledger(folder, tmp_path, copies=copies).entries()
+
+
+def test_a_bucket_that_the_policy_names_is_copied(make_federation: Any, s3: Any) -> None:
+    federation = Federation.load(make_federation())
+    keys.ensure(federation)
+    policy = Policy(dataset="letters", ledger={"at": f"s3://silotune-tests/{s3._prefix.rstrip('/')}"})
+    book = Ledger.of(federation, "north", policy)
+    book.entries()
+    book.append(ledgers.charge(), AT)
+    assert len(Ledger.of(federation, "north", policy).entries()) == 1
+    assert (Path(federation.silo("north").storage) / "ledger-copies" / "letters.jsonl").exists()
