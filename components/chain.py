@@ -81,6 +81,7 @@ def verify(rounds: Rounds, *, deep: bool = False) -> Chain:
             chain.breaks += breaks
             chain.records += records
             named |= names
+    _verify_releases(rounds, chain)
     makers = {rounds.object_key(c.outgoing): c for c in chain.commits if c.made_global}
     for key, commit in makers.items():
         if key not in stored:
@@ -90,6 +91,23 @@ def verify(rounds: Rounds, *, deep: bool = False) -> Chain:
     if deep:
         _verify_bytes(rounds, chain, makers, sorted((named | set(makers)) & stored))
     return chain
+
+
+def _verify_releases(rounds: Rounds, chain: Chain) -> None:
+    """Every commit with silo-level noise has the release that it names, of its own updates."""
+    found = _read(lambda: {r.number: r for r in rounds.releases()})
+    if isinstance(found, str):
+        chain.breaks.append(found)
+        return
+    chain.records += len(found)
+    for commit in chain.commits:
+        if (number := commit.guards.get("silo release")) is None:
+            continue
+        release = found.get(int(number))
+        if release is None or (release.plan, release.silos) != (commit.plan, {s: c.object for s, c in commit.contributions.items()}):
+            chain.breaks.append(
+                f"round {commit.round}: no release {number:.0f} of its updates stands, so that its silo-level noise cannot be shown"
+            )
 
 
 def _number(key: str) -> int | None:

@@ -80,7 +80,10 @@ class Coordinator(Section):
     config_map: KubernetesName = Field(
         "silotune-federation", description="ConfigMap whose key `federation.yaml` is the coordinator's copy of this file."
     )
-    keys_secret: KubernetesName = Field("silotune-keys", description="Secret with `coordinator.pem`, the signing key; no launcher gets it.")
+    keys_secret: KubernetesName = Field(
+        "silotune-keys",
+        description="Secret with `coordinator.pem`, the signing key, and with `privacy.silo` `coordinator.noise`; no launcher gets it.",
+    )
     s3_secret: KubernetesName = Field("silotune-s3", description="Secret with `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`.")
     mlflow_secret: KubernetesName = Field(
         "silotune-mlflow", description="Secret with `MLFLOW_TRACKING_USERNAME` and `MLFLOW_TRACKING_PASSWORD`, where the server asks."

@@ -174,6 +174,23 @@ class Partial(Record):
     at: float
 
 
+class Release(Record):
+    """A sum that is published with silo-level noise; spent from here on. (Docs: `aggregate.releases`.)"""
+
+    round: int = Field(ge=1)
+    number: int = Field(ge=1, description="Among all releases of the federation.")
+    plan: str
+    silos: dict[str, str] = Field(description="Silo -> digest of the update that is in the sum.")
+    mechanism: Literal["gaussian", "tree"]
+    tree: str = Field(description="Name of the tree of noise that it belongs to; empty without.")
+    leaf: int = Field(ge=0, description="Its place in that tree, from 1; 0 without.")
+    noise_multiplier: float = Field(gt=0)
+    mu_squared: float = Field(gt=0, description="What it adds to the square of the Gaussian mechanism that all releases together are.")
+    epsilon: float = Field(description="Spent by all releases up to this one.")
+    delta: float
+    at: float
+
+
 class Contribution(Section):
     """A silo's part in a commit."""
 
@@ -185,7 +202,7 @@ class Contribution(Section):
     tokens: int
     steps: int
     cursor: int
-    norm: float | None = Field(description="L2 norm of the update; null where nobody has seen it alone.")
+    norm: float | None = Field(description="L2 norm of the update; null where nobody has seen it alone, or silo-level privacy keeps it.")
     score: float | None = Field(None, description="What a robust rule judged it by.")
     told: str = Field("", description="Why it was left out or scaled down.")
 
@@ -258,6 +275,17 @@ class Evaluation(OfSilo):
     def loss(self) -> float:
         """Nats per token; infinite where the global does not give finite ones."""
         return math.inf if self.loss_sum is None else self.loss_sum / self.tokens
+
+
+class Exposed(OfSilo):
+    """How well one global model knows what one silo has planted; a fact of the model and of made-up records, and of no other."""
+
+    outgoing: str = Field(description="Digest of the global model.")
+    planted: str = Field(description="Digest of the silo's canaries.")
+    canaries: int = Field(ge=1, description="That were trained on.")
+    references: int = Field(ge=1, description="That were not.")
+    exposure: float = Field(ge=0, allow_inf_nan=False, description="Mean over the canaries, bits.")
+    at: float
 
 
 class Exported(Record):

@@ -52,11 +52,13 @@ from silotune.components.protocol import (
     Commit,
     Evaluation,
     Exported,
+    Exposed,
     OfSilo,
     Partial,
     Plan,
     Record,
     Refusal,
+    Release,
     Report,
     TrackingRun,
     UpdateManifest,
@@ -344,6 +346,23 @@ class Rounds:
         for key in list(self.store.list(self.key("partials") + "/")):
             self.store.delete(key)
 
+    # Silo-level privacy: what has been published
+
+    def write_release(self, release: Release) -> Release:
+        return self.create(release, self.key("releases", f"{release.number:05d}.json"))
+
+    def releases(self) -> Iterator[Release]:
+        """All of them, in order.
+
+        Raises:
+            RefusedError: one is missing or not what it says; what has been spent would be unknown.
+        """
+        for number, key in enumerate(sorted(self.store.list(self.key("releases") + "/")), 1):
+            release = self.read(Release, key)
+            if release.number != number or key != self.key("releases", f"{number:05d}.json"):
+                raise RefusedError(f"{key}: must be release {number} of the federation; one is missing, restore it from a backup")
+            yield release
+
     # Evaluations, exports, tracking
 
     def write_evaluation(self, evaluation: Evaluation) -> Evaluation:
@@ -367,6 +386,18 @@ class Rounds:
                         self.refused[key] = f"{key}: says it is of round {found.round}, when this global was not made yet"
                     elif found.silo not in newest or newest[found.silo].at < found.at:
                         newest[found.silo] = found
+        return newest
+
+    def write_exposed(self, exposed: Exposed) -> Exposed:
+        return self.create(exposed, self.key("evaluations", exposed.outgoing, exposed.silo, f"exposure-{exposed.planted[:16]}.json"))
+
+    def exposed(self, outgoing: str) -> dict[str, Exposed]:
+        """By silo; where a silo has planted anew since, the newest record."""
+        newest: dict[str, Exposed] = {}
+        keys = (k for k in self.store.list(self.key("evaluations", outgoing) + "/") if k.rsplit("/", 1)[1].startswith("exposure-"))
+        for found in self._believed(Exposed, keys):
+            if found.outgoing == outgoing and (found.silo not in newest or newest[found.silo].at < found.at):
+                newest[found.silo] = found
         return newest
 
     def write_export(self, exported: Exported) -> Exported:

@@ -157,6 +157,13 @@ class Clip(Section):
     quantile: Fraction | None = Field(
         None, description="Instead: a bound that follows this quantile of the norms (Andrew et al. 2021, arXiv:1905.03871)."
     )
+    initial: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="`quantile` only: its first bound; default: that quantile of the first round's norms, and 0.1 with `privacy.silo`, which "
+        "may not look at them.",
+    )
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -257,6 +264,8 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[str]:
     clip = terms.get("clip")
     if isinstance(clip, dict) and (clip.get("norm") is None) == (clip.get("quantile") is None):
         yield "aggregation.clip: must hold either norm or quantile; give one of them"
+    if isinstance(clip, dict) and clip.get("initial") is not None and clip.get("quantile") is None:
+        yield f"aggregation.clip.initial: is for quantile, got {clip['initial']} without; remove it"
     for key in ("clip", "zeroing"):
         if terms.get(key) and (strategy.memory or strategy.folds or strategy.by_steps):
             why = "which weighs updates by their steps" if strategy.by_steps else "whose updates are more than one difference"

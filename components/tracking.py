@@ -114,6 +114,8 @@ def _costs(rounds: Rounds, commit: Commit) -> Iterator[tuple[str, float]]:
         private = rounds.agreement(commit.agreement).privacy.of_records
         if private:
             yield from _epsilons(rounds, commit)
+        if (spent := commit.guards.get("silo epsilon")) is not None:
+            yield "privacy/silo_epsilon", spent
         for silo, contribution in commit.contributions.items():
             if not private:  # else nobody is told how many there were
                 yield f"silo/{silo}/tokens", contribution.tokens

@@ -150,7 +150,7 @@ def _key_files(federation: Federation, party: str) -> Iterator[Path]:
     """A party's private keys where they lie in a folder with others', and in local custody the public ones of the others."""
     if folder := os.environ.get(keys.FOLDER_VARIABLE):
         place = Path(folder).absolute()
-        yield from (file for pattern in (f"{party}.pem", f"{party}.*.pem") for file in sorted(place.glob(pattern)))
+        yield from (file for pattern in (f"{party}.pem", f"{party}.*.pem", f"{party}.noise") for file in sorted(place.glob(pattern)))
     if federation.custody == "local":
         yield from (federation.key_folder(other) / f"{other}.pub" for other in (COORDINATOR, *federation.silo_ids) if other != party)
 

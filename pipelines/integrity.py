@@ -139,7 +139,7 @@ def _repair(federation: Federation, rounds: Rounds, commit: Commit) -> None:
 
     federation.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=federation.work) as folder:
-        fetch_global(rounds, commit, Path(folder) / "global.safetensors")
+        fetch_global(rounds, commit, Path(folder) / "global.safetensors", federation)
 
 
 def _tell_lineage(rounds: Rounds, chain: Chain, model: str) -> None:

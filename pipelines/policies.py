@@ -95,6 +95,7 @@ def coordinator_policy(federation: Federation, *, tls_only: bool = False, kms_ke
         f"{ROUND}/refusals/*",
         f"{ROUND}/partials/*",
         *([f"{ROUND}/secagg/survivors.json", f"{ROUND}/secagg/*/rosters/*"] if federation.privacy.secure_aggregation else []),
+        "releases/*",
         "audit/*",
         "tracking.json",
     ]

@@ -86,7 +86,9 @@ def whereabouts(at: _At) -> Iterator[Finding]:
 def secrets(at: _At) -> Iterator[Finding]:
     place, key = at.federation.coordinator, f"{COORDINATOR}.pem"
     wanted = {place.s3_secret: "right where pods are known to S3 by their account; else "}
-    if at.federation.custody == "parties":
+    if at.federation.privacy.silo is not None:
+        key = f"{key} {COORDINATOR}.noise"
+    if at.federation.custody == "parties" or at.federation.privacy.silo is not None:
         wanted[place.keys_secret] = ""
     if at.federation.tracking.uri.startswith(("http://", "https://")):
         wanted[place.mlflow_secret] = "right where MLflow asks nobody; else "

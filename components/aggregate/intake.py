@@ -76,6 +76,18 @@ class Intake:
         self.accepted.pop(silo, None)
         self.refused[silo] = rule
 
+    @property
+    def objects(self) -> dict[str, str]:
+        """Of what is accepted: silo -> digest of its update."""
+        return {silo: self.manifests[silo].object for silo in self.accepted}
+
+    def only(self, silos: set[str], why: str) -> dict[str, str]:
+        """Go on with these alone; returns whose update is passed over now, each with why."""
+        passed = sorted(self.accepted.keys() - silos)
+        for silo in passed:
+            self.accepted.pop(silo)
+        return dict.fromkeys(passed, why)
+
     def mend(self, error: UpdateRefused | ObjectMissing) -> None:
         """After an update has turned out bad while it was read: have a whole copy of it instead, or refuse it. Raises the error where it is of none."""
         silo = silo_of(error, self.accepted)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from silotune.components import audit, child, opening, secure_records, secure_terms, tracking
-from silotune.components.aggregate import carried, groups
+from silotune.components.aggregate import carried, groups, releases
 from silotune.components.aggregate.delivery import expectation, fetch_whole, open_delivery, silo_of
 from silotune.components.aggregate.intake import Intake
 from silotune.components.aggregate.secure import secure_sum
@@ -127,13 +127,16 @@ def _aggregated(
     }
     federation.work.mkdir(parents=True, exist_ok=True)  # in a pod of its own nobody was here before
     with tempfile.TemporaryDirectory(dir=federation.work) as folder:
-        incoming = fetch_global(rounds, latest, Path(folder) / "incoming.safetensors")
+        incoming = fetch_global(rounds, latest, Path(folder) / "incoming.safetensors", federation)
         intake = Intake.of("aggregate", rounds, plan, agreement, manifests, Path(folder))
         accepted = intake.accepted
         for silo, rule in _norm_outliers(federation, rounds, latest, plan, accepted).items():
             intake.refuse(silo, UpdateRefused(silo, rule, "look into its records and learning rate"))
         given = carried.round_of(rounds, latest, plan, agreement, open_tensor_file(incoming), Path(folder))
         stored: list[Stored] = []
+        planned: releases.Planned | None = None
+        if agreement.privacy.silo is not None:
+            missing |= intake.only(releases.settled(rounds, plan, intake.objects), "late: the round was summed before its update came")
         if given.groups and accepted:
             stored = groups.stored_sums(rounds, turn, given.groups, summands(given.terms, accepted)[0], intake)
         while True:
@@ -144,7 +147,9 @@ def _aggregated(
                 return opening.without_result("skipped", federation, latest, plan, agreement, turn.attempt, missing)
             opening.require_quorum(federation, f"round {turn.round} stays open", sorted(accepted), missing, share)
             try:
-                made = combine(given, accepted, Path(folder), stored)
+                if agreement.privacy.silo is not None:
+                    planned = releases.planned(federation, rounds, plan, agreement, given, intake.objects)
+                made = combine(planned.given if planned else given, accepted, Path(folder), stored)
                 break
             except QuorumError as error:  # enough for the federation, too few for its robust rule
                 if federation.rounds.on_missing_quorum == "skip":
@@ -160,19 +165,23 @@ def _aggregated(
                     raise
                 else:
                     intake.mend(error)
+        if planned:
+            releases.write(rounds, planned.release)
         outgoing = rounds.put_object(Path(folder) / OUTGOING)
         server_state = carried.put(rounds, made)
     for silo, why in made.told.items():
         tell("aggregate", "warned", silo, detail=f"round {turn.round}: {why}")
+    # What no noise covers stays with the coordinator: a commit is read by all silos.
     contributions = {
         silo: Contribution(
             manifest=(m := manifests[silo]).digest, object=m.object, bytes=m.bytes, weight=made.weights[silo], examples=u.header.examples,
-            tokens=u.header.tokens, steps=u.header.steps, cursor=u.header.cursor, norm=made.norms[silo],
-            score=made.scores.get(silo), told=made.told.get(silo, ""),
+            tokens=u.header.tokens, steps=u.header.steps, cursor=u.header.cursor, norm=None if planned else made.norms[silo],
+            score=made.scores.get(silo), told="" if planned else made.told.get(silo, ""),
         )
         for silo, u in accepted.items()
     }  # fmt: skip
-    return _commit(federation, rounds, latest, plan, turn, Result(made, contributions, missing, outgoing, server_state))
+    promises = releases.guards(planned.release) if planned else {}
+    return _commit(federation, rounds, latest, plan, turn, Result(made, contributions, missing, outgoing, server_state, promises))
 
 
 def _summed_securely(
@@ -190,7 +199,7 @@ def _summed_securely(
         raise QuorumError("\n".join([f"round {turn.round} stays open: {rule}, and the quorum must be met:", *opening.told(missing)]))
     federation.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=federation.work) as folder:
-        incoming = fetch_global(rounds, latest, Path(folder) / "incoming.safetensors")
+        incoming = fetch_global(rounds, latest, Path(folder) / "incoming.safetensors", federation)
         given = carried.round_of(rounds, latest, plan, agreement, open_tensor_file(incoming), Path(folder))
         try:
             opened = secure_sum(rounds, plan, agreement, survivors, Path(folder))
@@ -274,7 +283,7 @@ def _absent(rounds: Rounds, plan: Plan, manifests: dict[str, UpdateManifest], tu
 
 def _norm_outliers(federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, accepted: dict[str, Update]) -> dict[str, str]:
     band = federation.rounds.guards.norm_band
-    if band is None:
+    if band is None or federation.privacy.silo is not None:  # one silo's norm would decide on another's part
         return {}
     recent = [rounds.commit(r) for r in range(max(1, latest.round - RECENT + 1), latest.round + 1)]
     usual = [c.norm / commit.learning_rate for commit in recent for c in commit.contributions.values() if c.norm is not None]
@@ -288,6 +297,7 @@ def _guards(plan: Plan, outgoing: str, contributions: dict[str, Contribution], m
         RefusedError: the round would be a round in name only.
     """
     weight = sum(c.weight for c in contributions.values())
+    norms = [c.norm for c in contributions.values() if c.norm is not None]
     standing = [silo for silo, c in contributions.items() if c.cursor <= plan.participants[silo].cursor]
     problem = ""
     if not (math.isfinite(weight) and weight > 0):
@@ -302,11 +312,14 @@ def _guards(plan: Plan, outgoing: str, contributions: dict[str, Contribution], m
         "weight": weight,
         "examples": float(sum(c.examples for c in contributions.values())),
         "change": made.change,
-    } | ({"least norm": min(made.norms.values()), "greatest norm": max(made.norms.values())} if made.norms else {})
+    } | ({"least norm": min(norms), "greatest norm": max(norms)} if norms else {})  # fmt: skip
 
 
-def fetch_global(rounds: Rounds, commit: Commit, path: Path) -> Path:
+def fetch_global(rounds: Rounds, commit: Commit, path: Path, federation: Federation | None = None) -> Path:
     """The global that a commit made; where the store has lost or damaged it, made again from the updates that it was made of.
+
+    Args:
+        federation: as the coordinator has it, whose secret silo-level noise is made of.
 
     Raises:
         RefusedError: it cannot be made again; the message names it.
@@ -314,13 +327,13 @@ def fetch_global(rounds: Rounds, commit: Commit, path: Path) -> Path:
     try:
         return rounds.fetch_object(commit.outgoing, path)
     except (CorruptObject, ObjectMissing) as error:
-        rebuild(rounds, commit, path)
+        rebuild(rounds, commit, path, federation)
         tell("aggregate", "warned", detail=f"the global of round {commit.round} was made again from its updates: {error}")
         return path
 
 
-def rebuild(rounds: Rounds, commit: Commit, path: Path) -> None:
-    """Make a lost global again, and put it where it belongs.
+def rebuild(rounds: Rounds, commit: Commit, path: Path, federation: Federation | None = None) -> None:
+    """Make a lost global again, and put it where it belongs; arguments as `fetch_global`.
 
     Raises:
         RefusedError: an update is gone or damaged as well, or something else comes out.
@@ -334,11 +347,13 @@ def rebuild(rounds: Rounds, commit: Commit, path: Path) -> None:
     before = rounds.commit(maker.round - 1)
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         folder = Path(name)
-        incoming = fetch_global(rounds, before, folder / "incoming.safetensors")
+        incoming = fetch_global(rounds, before, folder / "incoming.safetensors", federation)
         given = carried.round_of(rounds, before, plan, agreement, open_tensor_file(incoming), folder)
         if agreement.privacy.secure_aggregation is not None:
             _rebuild_securely(rounds, plan, agreement, given, folder, path, lost)
             return _put_back(rounds, commit, path, lost)
+        if agreement.privacy.silo is not None:
+            given = releases.again(federation, rounds, plan, agreement, given, {s: c.object for s, c in maker.contributions.items()})
         updates: dict[str, Update] = {}
         silo, failed = "", None  # what was found late, and of whose update
         try:

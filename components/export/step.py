@@ -45,11 +45,32 @@ def work(federation_file: str, turn_text: str, *statuses: str) -> str:
             tell("evaluate", "warned", silo, detail=f"{silo} has not been evaluated: {status}: {reason}")
     number = opening.best_round(rounds) if federation.export.select == "best" else latest.round
     commit = rounds.commit(number)
+    require_unexposed(federation, rounds, commit)
     exported = rounds.export(_export_id(commit, federation)) or _export(federation, rounds, commit)
     audit.record_export(rounds, exported, commit.at)
     exported = rounds.write_export(exported)  # after its entry in the log: once this stands, nobody comes back here
     tracking.record_export(federation, rounds, exported, finished=bool(Turn.parse(turn_text).done))
     return exported.location
+
+
+def require_unexposed(federation: Federation, rounds: Rounds, commit: Commit) -> None:
+    """Raises RefusedError where `export.max_exposure` is exceeded in a silo, or a silo with canaries has not measured it."""
+    most = federation.export.max_exposure
+    if most is None:
+        return
+    found = rounds.exposed(commit.outgoing)
+    where = f"the model of round {commit.round} is not exported: export.max_exposure is {most:g} bits"
+    if unmeasured := sorted({s.id for s in federation.silos if s.canaries} - found.keys()):
+        raise RefusedError(
+            f"{where}, and {', '.join(unmeasured)} has not measured it; run again once its evaluate box works, or remove its canaries",
+            "exposure unmeasured",
+        )
+    if over := {silo: e.exposure for silo, e in sorted(found.items()) if e.exposure > most}:
+        told = ", ".join(f"{silo} {bits:.2f}" for silo, bits in over.items())
+        raise RefusedError(
+            f"{where}, measured are {told} (chance gives 1.44); train fewer steps or with privacy.epsilon, or export an earlier round",
+            "exposure too high",
+        )
 
 
 def _export_id(commit: Commit, federation: Federation) -> str:
@@ -61,7 +82,7 @@ def _export(federation: Federation, rounds: Rounds, commit: Commit) -> Exported:
     base = base_model.resolve(federation.model.base, federation.work / "base")
     with tempfile.TemporaryDirectory(dir=federation.work) as name:
         folder = Path(name)
-        incoming = fetch_global(rounds, commit, folder / ".global.safetensors")
+        incoming = fetch_global(rounds, commit, folder / ".global.safetensors", federation)
         out = folder / "model"
         out.mkdir()
         save_model(federation, agreement, base, incoming, out)

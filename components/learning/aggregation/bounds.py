@@ -1,8 +1,8 @@
 """Bounds on updates' norms, before they are combined: zeroing what is absurd, then clipping what is large.
 
 Each stage turns norms into factors by which updates are multiplied; an update that counts as zero keeps its weight, as in TensorFlow
-Federated. Adaptive bounds follow a quantile of the norms from round to round (Andrew et al. 2021, arXiv:1905.03871, Eq. 2, here without its
-noise). TensorFlow Federated zeroes above twice the 0.98-quantile of many clients. Among few silos that quantile is the greatest norm itself,
+Federated. Adaptive bounds follow a quantile of the norms from round to round (Andrew et al. 2021, arXiv:1905.03871, Eq. 2; its noise is
+`privacy.silo_noise`'s). TensorFlow Federated zeroes above twice the 0.98-quantile of many clients. Among few silos that quantile is the greatest norm itself,
 which one hostile silo can raise as it likes; so here zeroing follows the median, which needs half of the silos to be moved, and allows more.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 CLIP_RATE = 0.2  # arXiv:1905.03871, section 3
+FIRST_BOUND = 0.1  # likewise, where the first round's norms may not be looked at
 ZEROING_RATE = math.log(10)  # TensorFlow Federated's, which finds the scale in a few rounds
 ZEROING_QUANTILE = 0.5
 ZEROING_MULTIPLE = 5.0
@@ -29,11 +30,18 @@ class RunningQuantile:
     rate: float
 
     def after(self, norms: Mapping[str, float]) -> RunningQuantile:
-        """With the next round's norms: C·exp(-η(b - γ)), where b is the share of norms up to C. Rounded to float32, as files hold it.
+        """With the next round's norms."""
+        return self.moved(float(np.mean(self.within(norms))))
+
+    def within(self, norms: Mapping[str, float]) -> list[bool]:
+        """Which norms are up to the estimate."""
+        return [norm <= self.estimate for norm in norms.values()]
+
+    def moved(self, within: float) -> RunningQuantile:
+        """C·exp(-η(b - γ)), where b is the share of norms up to C. Rounded to float32, as files hold it.
 
         The estimate moves by at most the factor exp(η), whatever a silo sends.
         """
-        within = float(np.mean([norm <= self.estimate for norm in norms.values()]))
         return replace(self, estimate=_rounded(self.estimate * math.exp(-self.rate * (within - self.quantile))))
 
 

@@ -3,6 +3,7 @@
     refuse       what does not answer the plan never comes here; what is found while reading ends in UpdateRefused
     zero, clip   each update gets a factor from 0 to 1, by its norm (`bounds`)
     judge        a robust rule gives each silo a coefficient (`robust`), or works number by number (`coordinates`)
+    noise        silo-level privacy adds noise to the clipped sum (`privacy.silo_noise`)
     combine      the mean of the differences, or of LoRA's products (`mean`, `lora_mean`, `robust_product`)
     server step  an optimiser at the server turns that into the next global (`server_optimizer`)
 
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from silotune.components.learning.aggregation import coordinates, server_optimizer
+from silotune.components.learning.aggregation import bounds, coordinates, server_optimizer
 from silotune.components.learning.aggregation.factors import LoraPair
 from silotune.components.learning.aggregation.judgement import Judgement, judged
 from silotune.components.learning.aggregation.lora_mean import fedex_mean, flora_mean, pairs_mean, product_mean
@@ -32,6 +33,7 @@ from silotune.components.learning.aggregation.side_by_side import SideBySide
 from silotune.components.learning.aggregation.spectrum import Spectrum
 from silotune.components.learning.aggregation.summation import Term
 from silotune.components.learning.aggregation.tree import Stored, grouped_mean
+from silotune.components.learning.privacy.silo_noise import SiloNoise
 from silotune.components.learning.tensor_file import TensorFile, open_tensor_file, tensor_writer, to_bytes
 from silotune.components.learning.update import Update
 from silotune.components.strategies import Aggregation
@@ -59,6 +61,7 @@ class Round:
     carried: Carried = field(default_factory=Carried)
     initial: Mapping[str, np.ndarray] = field(default_factory=dict)  # flora: A by tensor name, as adapters begin anew
     groups: Sequence[Sequence[str]] = ()  # `Aggregation.groups` of all silos that were asked
+    noise: SiloNoise | None = None  # for silo-level privacy; then there is a clip, and every silo counts as one
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def combine(given: Round, updates: Mapping[str, Update], folder: Path, stored: S
     counts = _counts(terms, updates)
     if terms.robust is None and terms.clip is None and not terms.zeroing:
         return _plain(given, updates, counts, out, stored)
+    if given.noise:
+        return _covered(given, given.noise, updates, out)
     judgement, norms = judged(terms, updates, counts, given.carried.numbers, given.incoming.read)
     chosen = {silo: update for silo, update in updates.items() if silo in judgement.factors or judgement.coefficients.get(silo)} or updates
     residuals: dict[str, float] = {}
@@ -108,6 +113,26 @@ def combine(given: Round, updates: Mapping[str, Update], folder: Path, stored: S
         {silo: weight / total for silo, weight in weights.items()}, norms or read, change, judgement.scores, judgement.told, residuals, spectra, files,
         judgement.numbers,
     )  # fmt: skip
+
+
+def _covered(given: Round, noise: SiloNoise, updates: Mapping[str, Update], out: Path) -> Combined:
+    """Clipped, summed, and the sum covered by noise. Norms are summed in float64: that of a clipped update must not be above its bound."""
+    terms = given.terms
+    if terms.clip is None or terms.weights != "uniform" or terms.zeroing or terms.robust or terms.traits.combine != "mean":
+        raise ValueError("noise: covers the sum of clipped updates of equal weight only")
+    norms, numbers = {silo: update.verify() for silo, update in sorted(updates.items())}, dict[str, Any]()
+    if terms.clip.norm is not None:
+        bound = terms.clip.norm
+    else:
+        bound = float(given.carried.numbers.get("clip", terms.clip.initial or bounds.FIRST_BOUND))
+        running = bounds.RunningQuantile(bound, terms.clip.quantile or 0.5, bounds.CLIP_RATE)
+        numbers["clip"] = running.moved(noise.share(running.within(norms))).estimate
+    stage, (optimizer, state, files) = bounds.clipping(norms, bound), _server(given, len(updates), out)
+    mean = weighted_mean(
+        given.incoming, updates, stage.factors, out, total=len(updates), optimizer=optimizer, state=state, fan_in=terms.fan_in,
+        noise=noise.for_bound(bound),
+    )  # fmt: skip
+    return Combined(dict.fromkeys(norms, 1 / len(norms)), norms, mean.change, told=stage.told, files=files, numbers=numbers)
 
 
 def combine_sum(given: Round, path: Path, weights: Mapping[str, float], folder: Path) -> Combined:

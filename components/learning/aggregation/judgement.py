@@ -72,7 +72,8 @@ def _of_gram(terms: Aggregation, gram: Gram, counts: Mapping[str, float], known:
         if terms.clip.norm is not None:
             stages.append(bounds.clipping(left, terms.clip.norm))
         else:
-            running = _running(known, "clip", left, terms.clip.quantile or 0.5, bounds.CLIP_RATE)
+            first = {"clip": terms.clip.initial} if terms.clip.initial else {}
+            running = _running({**first, **known}, "clip", left, terms.clip.quantile or 0.5, bounds.CLIP_RATE)
             stages.append(bounds.clipping(left, running.estimate))
             numbers["clip"] = running.after(left).estimate
     stage = bounds.composed(norms, *stages)

@@ -19,6 +19,7 @@ from silotune.components.errors import SilotuneError
 from silotune.components.learning.aggregation.factors import DELTA
 from silotune.components.learning.aggregation.server_optimizer import CONTROL, ServerOptimizer, fedavg, state_shapes
 from silotune.components.learning.aggregation.summation import FAN_IN, MEMORY, Check, Piece, Term, squares, sums, term_of, verify_norms
+from silotune.components.learning.privacy.silo_noise import SumNoise
 from silotune.components.learning.tensor_file import TensorFile, TensorWriter, tensor_writer, to_bytes
 from silotune.components.learning.update import Update
 
@@ -59,7 +60,7 @@ class ServerState:
 
 def weighted_mean(
     incoming: TensorFile, updates: Mapping[str, Update], weights: Mapping[str, float], out: Path, *, total: float | None = None,
-    optimizer: ServerOptimizer = FEDAVG, state: ServerState | None = None, fan_in: int = FAN_IN,
+    optimizer: ServerOptimizer = FEDAVG, state: ServerState | None = None, fan_in: int = FAN_IN, noise: SumNoise | None = None,
 ) -> Mean:  # fmt: skip
     """Write the next global: incoming plus the server's step along Σ wᵢΔᵢ / Σ wᵢ.
 
@@ -67,6 +68,7 @@ def weighted_mean(
         weights: by silo, in any unit.
         total: what the weighted sum is divided by, where that is not the weights' own sum.
         state: must be given where the optimiser carries any.
+        noise: added to the sum before it is divided.
 
     Raises:
         UpdateRefused: a tensor of an update is corrupt or not finite, or its norm is not what its header says; nothing was written.
@@ -81,7 +83,7 @@ def weighted_mean(
         found.update(verify_norms(checks))
 
     divisor = divisor_of(weights) if total is None else total
-    change = finish(incoming, terms, divisor, len(silos), out, optimizer, state, fan_in, check)
+    change = finish(incoming, terms, divisor, len(silos), out, optimizer, state, fan_in, check, noise=noise)
     return Mean(found, change)
 
 
@@ -92,7 +94,7 @@ def divisor_of(weights: Mapping[str, float]) -> float:
 
 def finish(
     incoming: TensorFile, terms: Sequence[Term], total: float, silos: int, out: Path, optimizer: ServerOptimizer, state: ServerState | None,
-    fan_in: int, check: Callable[[], None], groups: Sequence[int] = (),
+    fan_in: int, check: Callable[[], None], groups: Sequence[int] = (), noise: SumNoise | None = None,
 ) -> float:  # fmt: skip
     """Write the next global and the optimiser's state; returns the norm of what the global moved by.
 
@@ -102,6 +104,7 @@ def finish(
         silos: how many updates there are: what their memories' sum is divided by.
         check: raises what would keep the files from being written, when all has been read.
         groups: as `summation.sums` has them.
+        noise: of the sum.
     """
     if optimizer.initial and state is None:
         raise ValueError(f"state: must be given, the optimiser carries {', '.join(optimizer.initial)}")
@@ -117,7 +120,7 @@ def finish(
         for piece, block in sums(terms, fan_in, groups):
             if not piece.name.startswith(MEMORY):
                 before = incoming.part(piece.name, piece.start, piece.stop)
-                square += _move(piece, before, block, total, optimizer, carried)
+                square += _move(piece, before, block, total, optimizer, carried, noise)
                 target.write(piece.name, block)
             elif optimizer.memory:
                 name = f"{CONTROL}." + piece.name.removeprefix(MEMORY)
@@ -130,15 +133,17 @@ def finish(
     return math.sqrt(square)
 
 
-def _move(piece: Piece, before: np.ndarray, block: np.ndarray, total: float, optimizer: ServerOptimizer, carried: _Carried) -> float:
+def _move(
+    piece: Piece, before: np.ndarray, block: np.ndarray, total: float, optimizer: ServerOptimizer, carried: _Carried, noise: SumNoise | None
+) -> float:  # fmt: skip
     """Turn a sum into the next global's numbers, in its place; returns the sum of the squares of what they moved by."""
     square, inverse = 0.0, 1 / total
     for start in range(0, len(block), BLOCK):
         part, old = block[start : start + BLOCK], before[start : start + BLOCK]
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found below
-            delta = part.astype(np.float64)
-            delta *= inverse
             at = piece.start + start
+            delta = part.astype(np.float64) if noise is None else noise.added(piece.name, at, piece.whole, part)
+            delta *= inverse
             step, state = optimizer.step(
                 delta, {kind: carried.part(f"{kind}.{piece.name}", at, at + len(part)) for kind in carried.stepped}
             )
