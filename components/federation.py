@@ -151,6 +151,9 @@ class Silo(Section):
     valid: str | None = Field(None, description="Steers the run (convergence, best round). Default: a seeded part of train.")
     test: str | None = Field(None, description="Read by the evaluate box only.")
     storage: str = Field("", description="The silo's own folder: token shards, logs. Default `.silotune-private/<id>`.")
+    canaries: Annotated[int, Field(ge=0, le=10_000)] = Field(
+        0, description="Made-up records, of which a random half is trained on; by them it is measured what the model remembers. 30 will do."
+    )
     training: SiloTraining = Field(default_factory=SiloTraining, description="Overrides for this silo.")
     lora: SiloLora = Field(default_factory=SiloLora, description="Its own rank, for a silo with less memory or bandwidth.")
     placement: Placement = Field(default_factory=Placement, description="Kubernetes only: what its work needs from the cluster.")
@@ -170,6 +173,13 @@ class Export(Section):
 
     select: Literal["best", "last"] = Field("best", description="The round with the best pooled validation loss, or the last one.")
     merge: bool = Field(False, description="Merge LoRA adapters into the base and export a full model.")
+    max_exposure: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Bits of a canary's secret, on average in any silo, above which no model is exported; chance gives 1.44. Needs silos with "
+        "`canaries`, all of which must have measured it.",
+    )
 
 
 class Communication(Section):

@@ -222,6 +222,11 @@ def contradictions(raw: dict[str, Any]) -> list[str]:
     problems += _key_contradictions(raw)
     problems += strategies.conflicts(raw)
     problems += privacy_terms.conflicts(raw)
+    export = raw.get("export")
+    if isinstance(export, dict) and export.get("max_exposure") is not None and not any(silo.get("canaries") for _, silo in _silos(raw)):
+        problems.append(
+            "export.max_exposure: needs silos with canaries, by which it is measured, got none; set silos[…].canaries, or remove it"
+        )
     rounds = raw.get("rounds")
     quorum, where = rounds.get("quorum") if isinstance(rounds, dict) else None, "rounds.quorum"
     if isinstance(quorum, dict):

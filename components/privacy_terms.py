@@ -21,7 +21,6 @@ from silotune.components.section import Positive, Section
 from silotune.components.strategies import STRATEGIES, Strategy, chosen
 
 MAX_GRAD_NORM = 1.0  # of `training`, unless the file says another
-TOTAL_ROUNDS = 10  # of `rounds`, likewise
 
 
 class SiloPrivacy(Section):
@@ -110,7 +109,8 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[str]:
         yield f"privacy.{used[0]}: is for record-level privacy, which privacy.epsilon asks for, got it without; add epsilon, or remove it"
     if (silo := terms.get("silo")) is not None:
         yield from _silo_conflicts(silo, terms, aggregation, name, strategy, weights)
-        yield from _course_conflicts(terms, _mapping(raw, "rounds"))
+        if _mapping(_mapping(raw, "rounds"), "guards").get("norm_band") is not None:
+            yield "rounds.guards.norm_band: cannot hold with privacy.silo, where no silo's norm may decide on another's part; remove it"
     if terms.get("secure_aggregation") is not None:
         yield from _secure_conflicts(raw, _mapping(terms, "secure_aggregation"), aggregation, name, strategy)
 
@@ -149,14 +149,6 @@ def _silo_conflicts(
         yield f"privacy.silo.mechanism: tree needs the same tensors in every round, got aggregation.strategy {name}; choose gaussian"
     if mechanism == "tree" and _mapping(aggregation, "clip").get("quantile") is not None:
         yield "privacy.silo.mechanism: tree needs a fixed bound, got aggregation.clip.quantile; set clip.norm"
-
-
-def _course_conflicts(terms: Mapping[str, Any], rounds: Mapping[str, Any]) -> Iterator[str]:
-    planned, total = terms.get("rounds"), rounds.get("total", TOTAL_ROUNDS)
-    if isinstance(planned, int) and isinstance(total, int) and planned < total:
-        yield f"privacy.rounds: must be at least rounds.total, {total}, with privacy.silo, got {planned}; the rest would be refused"
-    if _mapping(rounds, "guards").get("norm_band") is not None:
-        yield "rounds.guards.norm_band: cannot hold with privacy.silo, where no silo's norm may decide on another's part; remove it"
 
 
 def _secure_conflicts(

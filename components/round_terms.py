@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from silotune.components.federation_file import DURATION
-from silotune.components.privacy_terms import TOTAL_ROUNDS
 from silotune.components.section import Positive, Section, Share
 
 Duration = Annotated[str, Field(pattern=DURATION)]
@@ -64,7 +63,7 @@ class Guards(Section):
 class Rounds(Section):
     """How long a federation goes on, how many silos make a round, and what happens to late, missing and bad ones."""
 
-    total: Positive = Field(TOTAL_ROUNDS, description="Rounds of the whole federation, over all runs.")
+    total: Positive = Field(10, description="Rounds of the whole federation, over all runs.")
     per_run: Positive | None = Field(None, description="Rounds one pipeline run works on; default: all that are left.")
     quorum: Annotated[Quorum | None, BeforeValidator(_counted, json_schema_input_type=Positive | Quorum | None)] = Field(
         None,

@@ -8,6 +8,7 @@
     silotune sync | ui FILE   MLflow
     silotune keys, policies   who may sign and store what
     silotune policy, review, dry-run, privacy      for a silo's steward: what is allowed, asked for, sent and spent
+    silotune audit-privacy    what the model tells about records, measured
     silotune verify | gc      the chain back to the base; erasing old updates
     silotune onboard, offboard, doctor, submit, schedule, runs, logs, cancel, unschedule      on a Kubeflow cluster
     silotune schema           the file's JSON Schema
@@ -30,7 +31,7 @@ import typer
 
 from silotune.components.errors import FederationError, SilotuneError
 from silotune.pipelines import cluster_commands as cluster
-from silotune.pipelines import integrity
+from silotune.pipelines import integrity, leakage_audit
 from silotune.pipelines import steward_commands as steward
 
 if TYPE_CHECKING:
@@ -354,6 +355,7 @@ for command in (
 ):
     app.command()(command)
 app.command("dry-run")(steward.dry_run)
+app.command("audit-privacy")(leakage_audit.audit_privacy)
 app.add_typer(integrity.keys, name="keys")
 app.add_typer(steward.policy, name="policy")
 

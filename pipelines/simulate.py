@@ -147,6 +147,12 @@ class Simulation:
         steps = sum(s.training.steps or self.federation.training.steps for s in self.federation.silos)
         return self._baseline("centralised", [pool], rounds, {"steps": steps, **training})
 
+    def unprotected(self, *, rounds: int | None = None) -> Simulation:
+        """The same silos, strategy aside, without any promise of privacy, each with a folder of its own here: what privacy saves, and costs."""
+        folder = self._work("unprotected")
+        silos = [s.model_dump() | {"storage": str(folder / "private" / s.id)} for s in self.federation.silos]
+        return self._baseline("unprotected", silos, rounds, {}, privacy={})
+
     def scores(self, split: str = "test", of: Simulation | None = None, round_number: int | None = None) -> dict[str, Score]:
         """Score a global of ``of`` (default: this federation) on *this* federation's silos; nothing is recorded."""
         source = of or self
@@ -252,18 +258,22 @@ class Simulation:
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
         return target
 
-    def _baseline(self, name: str, silos: list[dict[str, Any]], rounds: int | None, training: dict[str, Any]) -> Simulation:
+    def _baseline(
+        self, name: str, silos: list[dict[str, Any]], rounds: int | None, training: dict[str, Any], privacy: dict[str, Any] | None = None
+    ) -> Simulation:  # fmt: skip
         """A federation of other silos on the same model and terms, started afresh in a folder of its own."""
         folder = self._work(name)
         shutil.rmtree(folder / ".silotune", ignore_errors=True)
         terms = self.federation.model_dump()
         terms |= {"silos": [{k: v for k, v in s.items() if v is not None} for s in silos]}
         terms["aggregation"] = {"strategy": "fedavg", "weights": self.federation.aggregation.weights}  # of one silo: its own difference
-        terms["privacy"] = self.federation.privacy.model_dump() | {"silo": None, "secure_aggregation": None}
+        kept = self.federation.privacy.model_dump() | {"silo": None, "secure_aggregation": None}
+        terms["privacy"] = kept if privacy is None else privacy
         for silo in terms["silos"]:
             if rank := (silo.pop("lora", None) or {}).get("r"):
                 lora = terms["model"]["lora"]
                 lora |= {"r": rank, "alpha": lora["alpha"] * rank / lora["r"]}
+        terms["export"] |= {"max_exposure": None}
         terms["training"] |= training
         terms["rounds"] |= {"quorum": 1, "per_run": None} | ({"total": rounds} if rounds else {})
         terms |= {"storage": {"root": "./.silotune/store"}, "tracking": {"uri": "none"}, "security": {"signing": False}}

@@ -8,12 +8,14 @@ Scored on test: the initial global, the best one so far by pooled validation los
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 from silotune.components import base_model, launcher
 from silotune.components.federation import Federation, Silo
+from silotune.components.preprocess.step import CANARIES
 from silotune.components.progress import Pulse, beating
-from silotune.components.protocol import Commit, Split
+from silotune.components.protocol import Commit, Exposed, Split
 from silotune.components.rounds import Rounds
 from silotune.components.silo_job import one_at_a_time, silo_home, status_text
 from silotune.components.train.permission import admit
@@ -49,7 +51,8 @@ def _score(federation: Federation, rounds: Rounds, latest: Commit, silo: Silo, h
     shards = {"valid": open_split(home, "valid")} | ({"test": open_split(home, "test")} if silo.test else {})
     wanted: list[tuple[Split, str]] = [("valid", latest.outgoing), *(("test", g) for g in sorted(tested))]
     wanted = [(split, g) for split, g in wanted if rounds.evaluation(g, silo_id, split, shards[split].digest) is None]
-    if not wanted:
+    watched = _unmeasured(rounds, latest, silo, home)
+    if not wanted and not watched:
         return status_text(silo_id, "ok")
 
     from silotune.components.learning import model as models
@@ -60,13 +63,46 @@ def _score(federation: Federation, rounds: Rounds, latest: Commit, silo: Silo, h
     check_terms(federation, agreement, base, silo_id)
     pad = models.pad_id(models.load_tokenizer(base.folder))
     with models.kept():
-        for outgoing in dict.fromkeys(g for _, g in wanted):
+        for outgoing in dict.fromkeys([*(g for _, g in wanted), *watched]):
             with beating("fetching"):
                 state = open_tensor_file(rounds.fetch_object(outgoing, home / "incoming.safetensors")).read_all()
             model = models.load_with_state(base.folder, agreement.model, state)
             for split in (s for s, g in wanted if g == outgoing):
                 evaluate_split(rounds, agreement, model, outgoing, shards[split], silo_id, split, pad, latest.round, pulse)
+            if outgoing in watched:
+                with beating("evaluating"):
+                    _measure(rounds, model, outgoing, silo, home, pad, latest.round)
     return status_text(silo_id, "ok")
+
+
+def _unmeasured(rounds: Rounds, latest: Commit, silo: Silo, home: Path) -> list[str]:
+    """The globals that may be exported, and whose exposure of what the silo has planted is not measured yet."""
+    if not silo.canaries:
+        return []
+    planted = open_split(home, CANARIES).digest
+    found = {rounds.commit(latest.best).outgoing, latest.outgoing}
+    return sorted(g for g in found if (e := rounds.exposed(g).get(silo.id)) is None or e.planted != planted)
+
+
+def _measure(rounds: Rounds, model: object, outgoing: str, silo: Silo, home: Path, pad: int, turn: int) -> None:
+    """Tell how well a global knows the silo's canaries. It is one number about made-up records."""
+    import numpy as np
+
+    from silotune.components.learning.leakage.canaries import planted
+    from silotune.components.learning.leakage.exposure import exposure
+    from silotune.components.learning.leakage.losses import example_losses
+
+    shard, made = open_split(home, CANARIES), planted(home, silo.canaries)
+    if not made.coins.any():
+        return
+    losses = np.nan_to_num(example_losses(model, shard, np.arange(len(shard)), pad), nan=np.inf)
+    found = exposure(losses[made.into], losses[made.out])
+    rounds.write_exposed(
+        Exposed(
+            round=turn, silo=silo.id, outgoing=outgoing, planted=shard.digest, canaries=found.canaries, references=found.references,
+            exposure=found.mean, at=time.time(),
+        )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from silotune.components import base_model, launcher, silo_job
 from silotune.components.errors import FederationError
@@ -24,6 +25,11 @@ from silotune.components.progress import Pulse, beating
 from silotune.components.rounds import file_digest
 from silotune.components.silo_job import one_at_a_time, silo_home
 from silotune.components.train.permission import admit
+
+if TYPE_CHECKING:
+    from silotune.components.learning.leakage.canaries import Planted
+
+CANARIES = "canaries"  # the split
 
 
 def run(federation: str, silo: str) -> str:
@@ -52,20 +58,57 @@ def _make_shards(federation: Federation, silo: Silo, home: Path, pulse: Pulse) -
         try:
             with beating("fetching"):
                 path = _local(source, home / "incoming")
-            key = _key(federation, base.tokenizer, path, part)
+            planted = _canaries(silo, home) if split == "train" else None
+            key = _key(federation, base.tokenizer, path, part, planted)
             folder = home / "shards" / split / key[:32]
             if not (folder / "shard.json").exists():
-                _make(federation, silo_id, base.folder, path, part, split, folder, pulse)
+                _make(federation, silo_id, base.folder, path, part, split, folder, pulse, planted)
         except FederationError as error:
             raise FederationError(f"silo {silo_id!r}: {split}: {error}") from None
-        index[split] = str(folder.relative_to(home))
-        for old in folder.parent.iterdir():
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+        index[split] = _kept(folder, home)
+        if planted:
+            index[CANARIES] = _kept(_plant(federation, base.folder, planted, home / "shards" / CANARIES / key[:32]), home)
     scratch = home / ".data.json"
     scratch.write_text(json.dumps(index))
     scratch.replace(home / "data.json")
     return silo_job.status_text(silo_id, "ok", f"base:{base.digest} tokenizer:{base.tokenizer}")
+
+
+def _kept(folder: Path, home: Path) -> str:
+    """Where a split is, after the others of its kind are gone."""
+    for old in folder.parent.iterdir():
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+    return str(folder.relative_to(home))
+
+
+def _canaries(silo: Silo, home: Path) -> Planted | None:
+    from silotune.components.learning.leakage.canaries import planted
+
+    return planted(home, silo.canaries) if silo.canaries else None
+
+
+def _plant(federation: Federation, base: Path, planted: Planted, folder: Path) -> Path:
+    """All canaries and references as a split of their own, whose losses are measured.
+
+    Raises:
+        FederationError: they do not fit.
+    """
+    from silotune.components.learning.model import load_tokenizer
+    from silotune.components.learning.tokens import Tokeniser, write_shard
+
+    if not (folder / "shard.json").exists():
+        data = federation.data
+        tokeniser = Tokeniser(load_tokenizer(base), data.template, data.max_length, "drop")
+        records = ((f"canary {i}", canary.record(data.format)) for i, canary in enumerate(planted.canaries))
+        try:
+            dropped = write_shard(folder, records, tokeniser, CANARIES).counts.dropped
+        except FederationError:
+            dropped = len(planted.canaries)
+        if dropped:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise FederationError(f"data.max_length: must hold a canary, got {data.max_length}; raise it, or remove the silo's canaries")
+    return folder
 
 
 def _sources(silo: Silo) -> list[tuple[str, str, str]]:
@@ -98,7 +141,7 @@ def _local(location: str, folder: Path) -> Path:
     return target
 
 
-def _key(federation: Federation, tokenizer: str, path: Path, part: str) -> str:
+def _key(federation: Federation, tokenizer: str, path: Path, part: str, planted: Planted | None) -> str:
     """Names a shard by all that it depends on."""
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     try:
@@ -115,11 +158,14 @@ def _key(federation: Federation, tokenizer: str, path: Path, part: str) -> str:
         tokenizer,
         "units",
         federation.privacy.person_field,
+        *([planted.digest] if planted else []),
     ]
     return hashlib.sha256(canonical_json([terms, contents])).hexdigest()
 
 
-def _make(federation: Federation, silo: str, base: Path, path: Path, part: str, split: str, folder: Path, pulse: Pulse) -> None:
+def _make(
+    federation: Federation, silo: str, base: Path, path: Path, part: str, split: str, folder: Path, pulse: Pulse, planted: Planted | None
+) -> None:  # fmt: skip
     from silotune.components.learning.model import load_tokenizer
     from silotune.components.learning.tokens import Tokeniser, write_shard
 
@@ -137,6 +183,8 @@ def _make(federation: Federation, silo: str, base: Path, path: Path, part: str, 
             whose = "record" if person is None else "person's records"
             raise FederationError(f"{path.name}: one {whose} cannot be split; give the silo a valid file or more records")
         records = (r for owner, r in zip(owners, records, strict=False) if (numbers[owner] in chosen) == (part == "aside"))
+    if planted:
+        records = chain(records, (("canary", canary.record(data.format)) for canary in planted.included))
     tokeniser = Tokeniser(load_tokenizer(base), data.template, data.max_length, data.long_examples)
     write_shard(folder, _beating(records, pulse, split), tokeniser, path.name)
 

@@ -84,8 +84,9 @@ def lower_bound(
 ) -> LowerBound:
     """The best of a few bounds, with more and with fewer guesses, each held to its part of the error.
 
-    How many guesses are best depends on what is unknown: many where the mechanism is private, the surest few where it is not. The tries
-    are halvings of the number of canaries, fixed before any score is seen; by Bonferroni each may err with (1 - confidence) / tries.
+    How many guesses are best depends on what is unknown: many where the mechanism is private, the surest few where it is not; and none of *out*
+    where sampling passes over many canaries that are in. So there are a few tries, fixed before any score is seen: halvings of the number of
+    canaries, each with as many guesses of *out* as of *in*, and with none. By Bonferroni each may err with (1 - confidence) / tries.
 
     Args:
         scores: of every canary; NaN is refused.
@@ -101,16 +102,15 @@ def lower_bound(
         )
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: must be between 0 and 1, got {confidence}")
-    order, tries = np.argsort(x, kind="stable"), []
-    half = len(x) // 2
-    while 2 * half >= LEAST_GUESSES:
-        tries.append(half)
-        half //= 2
+    order, halves = np.argsort(x, kind="stable"), [len(x) // 2]
+    while halves[-1] >= LEAST_GUESSES:
+        halves.append(halves[-1] // 2)
+    tries = [(inside, outside) for inside in halves for outside in (inside, 0) if inside + outside >= LEAST_GUESSES]
     each = 1 - (1 - confidence) / len(tries)
     best = LowerBound(epsilon=0.0, delta=delta, canaries=len(x), guesses=0, right=0, confidence=confidence)
-    for half in tries:
-        right = int(coins[order[-half:]].sum() + (~coins[order[:half]]).sum())
-        found = refuted(delta, len(x), 2 * half, right, each)
+    for inside, outside in tries:
+        right = int(coins[order[len(x) - inside :]].sum() + (~coins[order[:outside]]).sum())
+        found = refuted(delta, len(x), inside + outside, right, each)
         if found > best.epsilon or best.guesses == 0:
-            best = best.model_copy(update={"epsilon": found, "guesses": 2 * half, "right": right})
+            best = best.model_copy(update={"epsilon": found, "guesses": inside + outside, "right": right})
     return best
