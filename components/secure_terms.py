@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Agreement
-from silotune.components.learning.privacy.fixed_point import FixedPoint
 from silotune.components.privacy_terms import SecureAggregation, threshold_of
+
+if TYPE_CHECKING:
+    from silotune.components.learning.privacy.fixed_point import FixedPoint
 
 Schema = Mapping[str, Sequence[int]]  # tensor name -> shape
 NOISY_BITS = 20
@@ -58,6 +61,8 @@ def size_of(schema: Schema) -> int:
 
 def fixed_point(agreement: Agreement, schema: Schema) -> FixedPoint:
     """How numbers become whole ones. Raises FederationError where no ring holds the sum, or no noise keeps the promise."""
+    from silotune.components.learning.privacy.fixed_point import FixedPoint
+
     clip = agreement.aggregation.clip
     try:
         noise = _noise(agreement, size_of(schema))
