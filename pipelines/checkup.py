@@ -11,7 +11,7 @@ from silotune.components import base_model
 from silotune.components.errors import FederationError
 from silotune.components.federation import Agreement, Federation, Silo
 from silotune.components.federation_file import is_remote
-from silotune.components.privacy_terms import sums_securely
+from silotune.components.privacy_terms import sums_securely, threshold_of
 from silotune.components.protocol import Commit
 from silotune.components.rounds import Rounds
 from silotune.components.strategies import RULES, STRATEGIES
@@ -66,7 +66,7 @@ def terms_table(federation: Federation, base: base_model.Base | None) -> Rendera
         "security": CUSTODY[f.custody],
         "store": f.storage.root,
         "tracking": f.tracking.uri,
-        "agreement covers": "base, model, silos, data, training, aggregation, evaluation, communication, keys",
+        "agreement covers": "base, model, silos, data, training, aggregation, evaluation, communication, privacy, keys",
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -77,15 +77,26 @@ def terms_table(federation: Federation, base: base_model.Base | None) -> Rendera
 
 
 def _privacy(federation: Federation) -> str:
-    """What is promised about records, and what the promise leaves out."""
-    terms = federation.privacy_agreed
-    if not terms.of_records:
-        return "none for single records; privacy.epsilon asks for it"
-    whose = "all records of a person" if terms.unit == "person" else "a record"
-    return (
-        f"epsilon {terms.epsilon:g} at delta {terms.delta:g} for {whose}, over {terms.rounds} rounds of each silo; noise follows from each silo's "
-        "number of them\nnot covered: scores on valid and test records, which are sent as they are (a silo's policy can keep them), and time"
-    )
+    """What is promised about records, silos and single updates, and what the promises leave out."""
+    terms, silos = federation.privacy_agreed, len(federation.silos)
+    lines = ["none for single records; privacy.epsilon asks for it"]
+    if terms.of_records:
+        whose = "all records of a person" if terms.unit == "person" else "a record"
+        lines = [
+            f"epsilon {terms.epsilon:g} at delta {terms.delta:g} for {whose}, over {terms.rounds} rounds of each silo; noise follows from each "
+            "silo's number of them",
+            "not covered: scores on valid and test records, which are sent as they are (a silo's policy can keep them), and time",
+        ]
+    if terms.silo:
+        lines.append(
+            f"epsilon {terms.silo.epsilon:g} at delta {terms.silo.delta:g} for a silo's part, over {terms.rounds} rounds, by {terms.silo.mechanism} noise"
+        )
+    if terms.secure_aggregation:
+        need = threshold_of(terms.secure_aggregation, silos)
+        lines.append(f"single updates are seen by nobody; {need} of {silos} silos open their sum")
+    else:
+        lines.append("single updates are seen by the coordinator; privacy.secure_aggregation hides them")
+    return "\n".join(lines)
 
 
 def _aggregation(federation: Federation) -> str:
