@@ -49,7 +49,6 @@ HEAVY = {
         "safetensors.torch",
         "mlflow.tracking",
         "boto3",
-        "opacus",
         "dp_accounting.pld.privacy_loss_distribution",
         "dp_accounting.rdp",
     ),
