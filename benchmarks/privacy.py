@@ -68,11 +68,11 @@ def timed(
     given: argparse.Namespace, shard: Any, method: str, clipping: str | None, packing: bool, checkpointing: bool = False
 ) -> Callable[[], float]:
     """Seconds of `STEPS` steps through silotune's own training."""
-    from silotune.components.federation import Training
     from silotune.components.learning import model as models
     from silotune.components.learning.privacy.accounting import Mechanism
     from silotune.components.learning.privacy.private_gradient import Private
     from silotune.components.learning.training import Stretch, train
+    from silotune.components.training_terms import Training
 
     model = models.load_trainable(given.model, {"method": method, "dtype": "float32", "lora": LORA}, 0)
     terms = Training(

@@ -40,11 +40,11 @@ def rank_of(rank: int, size: int, port: int, shard: Path, base: Path, steps: int
     """In a process of its own: steps per second after the first ten."""
     import torch
 
-    from silotune.components.federation import Training
     from silotune.components.learning import model as models
     from silotune.components.learning.ranks import joined
     from silotune.components.learning.tokens import open_shard
     from silotune.components.learning.training import Stretch, train
+    from silotune.components.training_terms import Training
 
     torch.set_num_threads(1)
     lora = {"r": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from silotune.components.errors import SilotuneError
-from silotune.components.federation import Training, canonical_json
+from silotune.components.federation import canonical_json
 from silotune.components.learning import checkpoint as checkpoints
 from silotune.components.learning.batches import batches, seed_of, stream, target_count
 from silotune.components.learning.checkpoint import Checkpoint, NotSaved, Seen
@@ -29,6 +29,7 @@ from silotune.components.learning.privacy.private_gradient import Private, Priva
 from silotune.components.learning.ranks import ALONE, Ranks
 from silotune.components.learning.schedule import rate
 from silotune.components.learning.tokens import Shard
+from silotune.components.training_terms import Training
 
 NONE = LocalTerm()
 OnStep = Callable[[int, int, float | None], None]

@@ -13,7 +13,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from silotune.components.errors import FederationError, SilotuneError
-from silotune.components.federation import Training
 from silotune.components.learning.aggregation.summation import MEMORY
 from silotune.components.learning.exchange import held, trained_names
 from silotune.components.learning.local_term import LocalTerm
@@ -22,6 +21,7 @@ from silotune.components.progress import Pulse, beating
 from silotune.components.silo_job import time_left
 from silotune.components.strategies import STRATEGIES, Strategy
 from silotune.components.train.private import PrivateTerms
+from silotune.components.training_terms import Training
 
 if TYPE_CHECKING:
     from silotune.components.learning.evaluation import Score

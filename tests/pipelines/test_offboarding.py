@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from three_hospitals import FILE, KEYS
+from three_hospitals import load as load_hospitals
 
 from silotune.components import keys
 from silotune.components.errors import FederationError, RefusedError
@@ -19,44 +21,7 @@ from silotune.components.rounds import Rounds
 from silotune.pipelines import offboarding
 from silotune.pipelines.simulate import Simulation
 
-KEYS = {party: f"ed25519:{'A' * 42}{letter}=" for party, letter in (("coordinator", "A"), ("north", "E"), ("south", "I"), ("west", "M"))}
-FILE = f"""\
-# The terms of three hospitals.
-name: trial
-model: {{base: /silo/base}}
-silos:   # in the order of their joining
-  # the one in the north
-  - id: north
-    train: /silo/north/train.jsonl   # since May
-    storage: /silo/north
-  # the one in the south
-  - id: south
-    train: /silo/south/train.jsonl
-    storage: /silo/south
-
-  # the one in the west
-  - {{id: west, train: /silo/west/train.jsonl, storage: /silo/west}}
-# how it goes on
-rounds: {{total: 3, quorum: 2, deadline: 30m}}
-storage: {{root: "s3://bucket/team"}}
-security:
-  keys:
-    coordinator: {KEYS["coordinator"]}
-    north: {KEYS["north"]}   # by telephone
-    south:
-      - {{public: "{KEYS["south"]}", since: 2}}
-    west: {KEYS["west"]}
-"""
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Callable[..., Federation]:
-    def write(old: str = "", new: str = "", text: str = FILE) -> Federation:
-        assert old in text
-        (tmp_path / "f.yaml").write_text(text.replace(old, new))
-        return Federation.load(tmp_path / "f.yaml")
-
-    return write
+load = load_hospitals  # a fixture
 
 
 def test_a_silo_is_cut_out_and_comments_stay(load: Callable[..., Federation]) -> None:

@@ -25,6 +25,8 @@ from silotune.pipelines.policies import silo_policy
 
 sys.path.append(str(Path(__file__).parents[1] / "fakes"))
 from kubernetes_api import jobset_job, schema_error
+from three_hospitals import FILE, KEYS
+from three_hospitals import load as load_hospitals
 
 
 def _load(name: str) -> Any:
@@ -38,45 +40,8 @@ def _load(name: str) -> Any:
 
 rules, reach, admission, shared = (_load(name) for name in ("rules", "reach", "admission", "conftest"))
 build, job = shared.build, shared.job  # fixtures
-KEYS = {party: f"ed25519:{'A' * 42}{letter}=" for party, letter in (("coordinator", "A"), ("north", "E"), ("south", "I"), ("west", "M"))}
+load = load_hospitals
 IMAGE = "registry.example/silotune-silo@sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
-FILE = f"""\
-# The terms of three hospitals.
-name: trial
-model: {{base: /silo/base}}
-silos:   # in the order of their joining
-  # the one in the north
-  - id: north
-    train: /silo/north/train.jsonl   # since May
-    storage: /silo/north
-  # the one in the south
-  - id: south
-    train: /silo/south/train.jsonl
-    storage: /silo/south
-
-  # the one in the west
-  - {{id: west, train: /silo/west/train.jsonl, storage: /silo/west}}
-# how it goes on
-rounds: {{total: 3, quorum: 2, deadline: 30m}}
-storage: {{root: "s3://bucket/team"}}
-security:
-  keys:
-    coordinator: {KEYS["coordinator"]}
-    north: {KEYS["north"]}   # by telephone
-    south:
-      - {{public: "{KEYS["south"]}", since: 2}}
-    west: {KEYS["west"]}
-"""
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Callable[..., Federation]:
-    def write(old: str = "", new: str = "", text: str = FILE) -> Federation:
-        assert old in text
-        (tmp_path / "f.yaml").write_text(text.replace(old, new))
-        return Federation.load(tmp_path / "f.yaml")
-
-    return write
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from silotune.components.federation import Training
 from silotune.components.learning.leakage.one_run import LowerBound, lower_bound
 from silotune.components.learning.ranks import ALONE
 from silotune.components.learning.tokens import Counts, Shard
+from silotune.components.training_terms import Training
 
 if TYPE_CHECKING:
     from silotune.components.learning.privacy.private_gradient import Private

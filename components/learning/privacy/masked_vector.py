@@ -11,15 +11,15 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from silotune.components.errors import RefusedError
 from silotune.components.learning.aggregation.summation import windows
-from silotune.components.learning.blob import Blob
+from silotune.components.learning.blob import Blob, read_ahead
 from silotune.components.learning.privacy.discrete_gaussian import Noise
 from silotune.components.learning.privacy.fixed_point import FixedPoint
 from silotune.components.learning.privacy.masking import BLOCK, Mask, masked, scratch
@@ -122,18 +122,5 @@ def _read_ahead(vectors: Sequence[Vector], length: int, point: FixedPoint) -> It
     """Blocks of all vectors in the order they are needed, some of them on their way in threads where they come from far."""
     width = point.width // 8
     wanted = ((v.blob, start * width, min(start + BLOCK, length) * width) for start in range(0, length, BLOCK) for v in vectors)
-    if (ahead := max(v.blob.ahead for v in vectors)) == 0:
-        for blob, start, end in wanted:
-            yield blob.read(start, end)
-        return
-    pool = ThreadPoolExecutor(ahead)
-    underway: deque[Future[bytes | memoryview]] = deque()
-    try:
-        for blob, start, end in wanted:
-            underway.append(pool.submit(blob.read, start, end))
-            if len(underway) > ahead:
-                yield underway.popleft().result()
-        while underway:
-            yield underway.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    reads = (partial(blob.read, start, end) for blob, start, end in wanted)
+    return read_ahead(reads, max(v.blob.ahead for v in vectors))

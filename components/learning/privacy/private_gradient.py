@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from silotune.components.federation import Training
 from silotune.components.learning.batches import collate
 from silotune.components.learning.privacy.accounting import Mechanism
 from silotune.components.learning.privacy.clipping import Clipping, add_clipped, centred_count, next_clip
@@ -25,6 +24,7 @@ from silotune.components.learning.privacy.sampling import Group, Units, groups, 
 from silotune.components.learning.privacy.unit_gradients import NoStretches, Tensors, UnitGradients, stretches_of
 from silotune.components.learning.ranks import Ranks
 from silotune.components.learning.tokens import Shard
+from silotune.components.training_terms import Training
 
 Losses = Callable[[Any], Any]  # a batch to its target tokens' losses, row by row
 

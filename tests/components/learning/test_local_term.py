@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.components.federation import Training
 from silotune.components.learning import model as models
 from silotune.components.learning.checkpoint import Checkpoint
 from silotune.components.learning.local_term import AppliedTerm, LocalTerm
 from silotune.components.learning.tokens import Shard
 from silotune.components.learning.training import Stretch, Trained, train
+from silotune.components.training_terms import Training
 
 LORA = {"r": 2, "alpha": 4.0, "dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
 TERMS = Training(precision="float32", steps=6, batch_size=3, learning_rate=1e-2, weight_decay=0.1)

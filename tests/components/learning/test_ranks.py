@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from silotune.components.federation import Training
 from silotune.components.learning import model as models
 from silotune.components.learning.batches import batches, pack, stream, target_count
 from silotune.components.learning.checkpoint import Checkpoint
@@ -25,6 +24,7 @@ from silotune.components.learning.ranks import ALONE, RankLost, Ranks, RanksDiff
 from silotune.components.learning.tokens import Shard
 from silotune.components.learning.training import NonFiniteLoss, OutOfMemory, Stretch, train
 from silotune.components.nodes import Layout, Table
+from silotune.components.training_terms import Training
 
 SEED = ("fed", 17, "north")
 LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silotune.components.errors import RefusedError
-from silotune.components.federation import Training
 from silotune.components.learning.privacy.accounting import Mechanism, epsilon, noise_multiplier_for, rdp_epsilon, round_mechanism
 from silotune.components.privacy_terms import Privacy
+from silotune.components.training_terms import Training
 
 
 def mechanism(q: float, z: float, steps: int = 1, **more: Any) -> Mechanism:

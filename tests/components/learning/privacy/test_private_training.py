@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from silotune.components.federation import Training
 from silotune.components.learning import model as models
 from silotune.components.learning.batches import collate
 from silotune.components.learning.checkpoint import Checkpoint
@@ -24,6 +23,7 @@ from silotune.components.learning.privacy.private_gradient import Private
 from silotune.components.learning.privacy.sampling import sample
 from silotune.components.learning.tokens import Shard
 from silotune.components.learning.training import NonFiniteLoss, Stretch, Trained, token_losses, train, update_of
+from silotune.components.training_terms import Training
 
 PAD = 2
 KEY = bytes(range(7, 39))
