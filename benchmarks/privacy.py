@@ -3,7 +3,7 @@
     python benchmarks/privacy.py [--data ../shared/data] [--model ../shared/models/silotiny-3m] [--seeds 17 18 19] [--out FOLDER] [speed] [quality]
 
 speed     tokens per second of the processor's time for steps on 32 records: plain, private, and with Opacus alone
-quality   three institutes of medquad, LoRA: every scheme at ε = 8, one of them at every ε, two without; loss on all test splits, over seeds
+quality   three institutes of medquad, LoRA: every scheme at ε = 8, two of them at every ε and without; loss on all test splits, over seeds
 
 Finished parts are kept in --out, so that the command can be stopped and started again. Prints Markdown. Times are the processor's (one thread),
 and ratios are of runs that alternate, since others may use the machine.
@@ -234,7 +234,7 @@ def score(simulation: Any, round_number: int | None, most: int = 60) -> float:
 def quality(given: argparse.Namespace, results: dict[str, Any], save: Callable[[], None]) -> None:
     from silotune.pipelines.simulate import Simulation
 
-    wanted = [(s, 8.0) for s in SCHEMES] + [("ffa", None), ("fedit", None), ("ffa", 3.0), ("ffa", 1.0)]
+    wanted = [(s, 8.0) for s in SCHEMES] + [("ffa", None), ("fedit", None), ("ffa", 3.0), ("ffa", 1.0), ("fedit", 3.0), ("fedit", 1.0)]
     for seed in given.seeds:
         for strategy, epsilon in wanted:
             name = f"{strategy} {epsilon or 'none'} {seed}"
