@@ -34,8 +34,8 @@ from silotune.components.learning.tensor_file import WIDTH, MalformedFile, Tenso
 from silotune.components.learning.update import Header, Update, UpdateRefused, norm_matches, sum_of_squares
 
 FAN_IN = 16
-WINDOW = 1 << 20  # numbers read from one file at a time, 4 MiB of float32
-BLOCK = 1 << 18  # numbers worked on at a time
+WINDOW = 1 << 21  # numbers read from one file at a time, 8 MiB of float32
+BLOCK = 1 << 19  # numbers worked on at a time
 ROW = 1 << 13  # numbers whose squares are added up in float32
 SAFE = (1e-20, 1e30)  # a block's sum of squares, if nothing in it has overflowed, and nothing that counts has vanished
 MEMORY = "memory."  # tensors of an update that are no part of the model, but what a silo's method carries on; each counts as one
