@@ -13,7 +13,7 @@ addition that a term goes through.
 **The passes.** All files hold the same tensors in the same order, so they are read side by side in windows of some megabytes, which run
 across the borders of tensors. Of each window one file after the other is read, and of that, block by block while the block lies in the
 processor's cache: hashed, decoded, added, squared for the norm. Memory holds one accumulator of a window for every level, and as many windows
-as are read ahead: some 4 · (2 + levels + ahead) MiB, however many files there are and however large.
+as are read ahead: some 8 · (2 + levels + ahead) MiB, however many files there are and however large.
 """
 
 from __future__ import annotations
@@ -177,8 +177,10 @@ def sums(terms: Sequence[Term], fan_in: int = FAN_IN, groups: Sequence[int] = ()
     shapes = {n: e.shape for n, e in terms[0].file.entries.items()}
     if any({n: e.shape for n, e in term.file.entries.items()} != shapes for term in terms):
         raise ValueError("terms: must be of the same tensors")
-    levels, ends = Levels(fan_in), set(accumulate(groups))
-    scratch = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint32)
+    longest = min(WINDOW, sum(math.prod(shape) for shape in shapes.values()))
+    levels, ends = Levels(fan_in, longest), set(accumulate(groups))
+    block = min(BLOCK, longest)
+    scratch = np.empty(block, np.float32), np.empty(block, np.uint32)
     wanted = (partial(term.read, window) for window in windows(terms[0].file) for term in terms)
     reading = read_ahead(wanted, max(term.file.blob.ahead for term in terms))
     try:
@@ -218,10 +220,11 @@ def windows(file: TensorFile) -> Iterator[list[Piece]]:
 
 
 class Levels:
-    """Accumulators of one window: one for the group at hand, one for each level above."""
+    """Accumulators of one window, of ``size`` numbers: one for the group at hand, one for each level above."""
 
-    def __init__(self, fan_in: int) -> None:
+    def __init__(self, fan_in: int, size: int) -> None:
         self._fan_in = fan_in
+        self._size = size
         self._sums: list[np.ndarray] = []
         self._counts: list[int] = []
 
@@ -257,7 +260,7 @@ class Levels:
 
     def _reach(self, level: int) -> None:
         if level == len(self._sums):
-            self._sums.append(np.empty(WINDOW, np.float32))
+            self._sums.append(np.empty(self._size, np.float32))
             self._counts.append(0)
 
     def _up(self, level: int) -> None:

@@ -220,8 +220,11 @@ def peak(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
-def test_memory_grows_neither_with_silos_nor_with_tensors(tmp_path: Path) -> None:
-    big = {"w": (1200, 1000)}  # 4.8 MB
+def test_memory_grows_neither_with_silos_nor_with_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = 1 << 20  # bytes
+    monkeypatch.setattr(summation, "WINDOW", window // 4)
+    monkeypatch.setattr(summation, "BLOCK", window // 16)
+    big = {"w": (1200, 1000)}  # 4.8 MB, five windows
     for k in range(3):
         update(tmp_path, f"{k:02d}", arrays(k, big))
     write_tensor_file(tmp_path / "in", big, "F32", ((n, to_bytes(a, "F32")) for n, a in arrays(9, big).items()), {})
@@ -236,8 +239,13 @@ def test_memory_grows_neither_with_silos_nor_with_tensors(tmp_path: Path) -> Non
         weighted_mean(file, updates, weigh(updates, "examples"), tmp_path / "out")
 
     few, more = peak(lambda: work(3)), peak(lambda: work(48))
-    assert more - few < 6 << 20, "one accumulator more, for the second level"
-    assert more < 20 << 20
+    assert more - few < 1.5 * window, "one accumulator more, for the second level"
+    assert more < 6 * window
+
+
+def test_a_small_file_takes_little_memory(tmp_path: Path, incoming: TensorFile) -> None:
+    updates = many(tmp_path, 40)
+    assert peak(lambda: weighted_mean(incoming, updates, weigh(updates, "examples"), tmp_path / "out")) < 1 << 20
 
 
 @pytest.mark.parametrize(
