@@ -32,8 +32,8 @@ sys.stdin.read()
 def open_ledger(location: str, keys_folder: Path) -> Any:
     from silotune.components import keys
     from silotune.components.federation import PublicKey
-    from silotune.components.ledger import Ledger
-    from silotune.components.object_store import open_store
+    from silotune.components.steward.ledger import Ledger
+    from silotune.components.store.object_store import open_store
 
     private = keys.private_key(keys_folder / "north.pem")
     public = [PublicKey(public=(keys_folder / "north.pub").read_text().strip())]
@@ -43,7 +43,7 @@ def open_ledger(location: str, keys_folder: Path) -> Any:
 
 def charge(number: int, kinds: int) -> Any:
     from silotune.components.learning.privacy.accounting import Mechanism
-    from silotune.components.ledger import Charge
+    from silotune.components.steward.ledger import Charge
 
     kind = Mechanism(sampling_probability=0.002 + 0.0001 * (number % kinds), noise_multiplier=2.0 + 0.1 * (number % kinds), steps=20)
     return Charge(
@@ -71,7 +71,7 @@ def part_read(location: str, folder: Path, entries: int, kinds: int) -> float:
 def part_compose(location: str, folder: Path, entries: int, kinds: int) -> float:
     import dp_accounting.pld  # noqa: F401
 
-    from silotune.components.budget import bound
+    from silotune.components.steward.budget import bound
 
     charges = [charge(number, kinds) for number in range(entries)]
     began = time.perf_counter()

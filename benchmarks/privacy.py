@@ -72,7 +72,7 @@ def timed(
     from silotune.components.learning.privacy.accounting import Mechanism
     from silotune.components.learning.privacy.private_gradient import Private
     from silotune.components.learning.training import Stretch, train
-    from silotune.components.training_terms import Training
+    from silotune.components.terms.training import Training
 
     model = models.load_trainable(given.model, {"method": method, "dtype": "float32", "lora": LORA}, 0)
     terms = Training(

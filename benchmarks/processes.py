@@ -44,7 +44,7 @@ def rank_of(rank: int, size: int, port: int, shard: Path, base: Path, steps: int
     from silotune.components.learning.ranks import joined
     from silotune.components.learning.tokens import open_shard
     from silotune.components.learning.training import Stretch, train
-    from silotune.components.training_terms import Training
+    from silotune.components.terms.training import Training
 
     torch.set_num_threads(1)
     lora = {"r": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
@@ -69,7 +69,7 @@ def rank_of(rank: int, size: int, port: int, shard: Path, base: Path, steps: int
 
 def measure(size: int, shard: Path, base: Path, steps: int) -> float:
     """Steps per second of so many processes; they are all forked, so that each starts anew."""
-    from silotune.components.nodes import Layout, Table
+    from silotune.components.process.nodes import Layout, Table
 
     for package in PACKAGES:  # once, before the fork
         importlib.import_module(package)

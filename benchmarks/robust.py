@@ -38,7 +38,7 @@ def step(rule: str, folder: Path, silos: int) -> Any:
     from silotune.components.learning.aggregation.combination import Round, combine
     from silotune.components.learning.tensor_file import open_tensor_file
     from silotune.components.learning.update import Update, read_header
-    from silotune.components.strategies import Aggregation
+    from silotune.components.terms.strategies import Aggregation
 
     robust = {"rule": rule, "hostile": HOSTILE}
     terms = Aggregation.model_validate({"strategy": "fedavg", "weights": "uniform", "robust": robust})

@@ -14,8 +14,8 @@ from pathlib import Path
 from silotune.components.errors import FederationError, UnreachableError
 from silotune.components.federation import canonical_json
 from silotune.components.federation_file import is_remote
-from silotune.components.object_store import open_store
 from silotune.components.rounds import file_digest
+from silotune.components.store.object_store import open_store
 
 WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "chat_template*")

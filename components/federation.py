@@ -33,12 +33,12 @@ from silotune.components.federation_file import (
     STORE_ROOT,
     TRACKING_URI,
 )
-from silotune.components.placement_terms import Coordinator, Placement
-from silotune.components.privacy_terms import Privacy
-from silotune.components.round_terms import Quorum, Rounds, seconds
-from silotune.components.section import Positive, Section
-from silotune.components.strategies import Aggregation, chosen
-from silotune.components.training_terms import Data, Model, SiloLora, SiloTraining, Training
+from silotune.components.terms.placement import Coordinator, Placement
+from silotune.components.terms.privacy import Privacy
+from silotune.components.terms.rounds import Quorum, Rounds, seconds
+from silotune.components.terms.section import Positive, Section
+from silotune.components.terms.strategies import Aggregation, chosen
+from silotune.components.terms.training import Data, Model, SiloLora, SiloTraining, Training
 
 SILO_ID = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
 

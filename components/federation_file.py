@@ -16,8 +16,9 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from silotune.components import privacy_terms, strategies
 from silotune.components.errors import FederationError
+from silotune.components.terms import privacy as privacy_terms
+from silotune.components.terms import strategies
 
 PATH_FIELDS = ("train", "valid", "test", "storage")
 STORE_ROOT = "./.silotune/store"

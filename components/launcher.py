@@ -27,6 +27,6 @@ def launch(box: str, federation_file: str, silo_id: str, *arguments: str, turn: 
     """
     if os.environ.get(LAUNCHER_VARIABLE) != "job":
         return silo_job.supervise(box, federation_file, silo_id, *arguments, turn=turn)
-    from silotune.components import cluster_job
+    from silotune.components.cluster import cluster_job
 
     return cluster_job.run(Federation.load(federation_file), silo_id, box, *arguments)

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Literal
 
-from silotune.components import secure_records
 from silotune.components.errors import FederationError, QuorumError, SilotuneError, UnreachableError
 from silotune.components.federation import Agreement, Federation
 from silotune.components.protocol import Commit, Evaluation, Participant, Plan, Turn, pooled
-from silotune.components.round_terms import Until
 from silotune.components.rounds import Rounds
-from silotune.components.strategies import Aggregation, Strategy
+from silotune.components.secure_sum import records as secure_records
+from silotune.components.terms.rounds import Until
+from silotune.components.terms.strategies import Aggregation, Strategy
 
 
 def require_quorum(federation: Federation, what: str, present: list[str], missing: dict[str, str], share: float = 1.0) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 from silotune.components.errors import RefusedError
 from silotune.components.federation import canonical_json
 from silotune.components.federation_file import COORDINATOR
-from silotune.components.section import Section
+from silotune.components.terms.section import Section
 
 Status = Literal["ok", "failed", "refused", "late"]
 Split = Literal["valid", "test"]

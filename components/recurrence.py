@@ -16,7 +16,7 @@ from typing import Any
 
 from silotune.components.errors import RefusedError, SilotuneError, UnreachableError
 from silotune.components.federation import Federation
-from silotune.components.progress import tell
+from silotune.components.process.progress import tell
 from silotune.components.protocol import Turn
 
 API_VARIABLE = "SILOTUNE_KFP_API"

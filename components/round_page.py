@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit
 
 from silotune.components.errors import SilotuneError
 from silotune.components.federation import Federation
-from silotune.components.progress import tell
+from silotune.components.process.progress import tell
 from silotune.components.protocol import Commit, Evaluation, Turn, pooled
 from silotune.components.rounds import Rounds
 

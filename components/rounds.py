@@ -46,7 +46,6 @@ from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.federation_file import COORDINATOR
 from silotune.components.keys import Keyring, verify
-from silotune.components.object_store import ObjectMissing, ObjectStore, open_store
 from silotune.components.protocol import (
     Attempt,
     Commit,
@@ -63,7 +62,8 @@ from silotune.components.protocol import (
     TrackingRun,
     UpdateManifest,
 )  # fmt: skip
-from silotune.components.store_blob import StoreBlob
+from silotune.components.store.object_store import ObjectMissing, ObjectStore, open_store
+from silotune.components.store.store_blob import StoreBlob
 
 R = TypeVar("R", bound=Record)
 

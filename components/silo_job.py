@@ -19,11 +19,11 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from silotune.components import child, ending
 from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.federation import Federation, Silo
-from silotune.components.nodes import Layout
-from silotune.components.progress import Pulse, beat, tell
+from silotune.components.process import child, ending
+from silotune.components.process.nodes import Layout
+from silotune.components.process.progress import Pulse, beat, tell
 from silotune.components.protocol import Report, Status, Turn
 from silotune.components.rounds import Rounds
 

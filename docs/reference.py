@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from silotune.components import policy
 from silotune.components.federation import Federation, json_schema
 from silotune.components.federation_file import DURATION
+from silotune.components.steward import policy
 
 FILE = Path(__file__).with_name("federation.md")
 POLICY_FILE = Path(__file__).with_name("policy.md")
@@ -70,7 +70,7 @@ A silo trains only on the terms of its own copy of the file. After an amendment 
 """
 
 POLICY_HEAD = """\
-<!-- Written by `make docs` from components/policy.py; edits here are lost. -->
+<!-- Written by `make docs` from components/steward/policy.py; edits here are lost. -->
 
 # A silo's policy
 

@@ -11,10 +11,10 @@ from silotune.components import base_model
 from silotune.components.errors import FederationError
 from silotune.components.federation import Agreement, Federation, Silo
 from silotune.components.federation_file import is_remote
-from silotune.components.privacy_terms import sums_securely, threshold_of
 from silotune.components.protocol import Commit
 from silotune.components.rounds import Rounds
-from silotune.components.strategies import RULES, STRATEGIES
+from silotune.components.terms.privacy import sums_securely, threshold_of
+from silotune.components.terms.strategies import RULES, STRATEGIES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -30,9 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from silotune.components.errors import FederationError, SilotuneError
-from silotune.pipelines import cluster_commands as cluster
-from silotune.pipelines import integrity, leakage_audit
-from silotune.pipelines import steward_commands as steward
+from silotune.pipelines.commands import cluster, integrity, leakage_audit, steward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -275,7 +273,7 @@ def compile(
 
     from kfp import compiler
 
-    from silotune.components.placement_terms import Placement
+    from silotune.components.terms.placement import Placement
     from silotune.pipelines.federated_finetuning import federated_finetuning
 
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,8 @@ from typing import Literal
 from silotune.components import base_model, keys
 from silotune.components.federation import Federation
 from silotune.components.federation_file import COORDINATOR, is_remote
-from silotune.components.policy import VARIABLE as POLICY_VARIABLE
-from silotune.components.progress import RUN_VARIABLE
+from silotune.components.process.progress import RUN_VARIABLE
+from silotune.components.steward.policy import VARIABLE as POLICY_VARIABLE
 
 PARTY_VARIABLE = "SILOTUNE_PARTY"  # in a container: the silo's id, or coordinator
 HOME = "/tmp"  # noqa: S108 (in the container: memory, gone with it)

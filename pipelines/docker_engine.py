@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from silotune.components.errors import FederationError, SilotuneError, UnreachableError
 from silotune.components.federation import Federation
-from silotune.components.progress import read_events, tell
+from silotune.components.process.progress import read_events, tell
 from silotune.components.rounds import Rounds
 from silotune.pipelines import container_plan, engines, status
 from silotune.pipelines.container_plan import PARTY_VARIABLE, Images

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from silotune.components.child import WARM_VARIABLE, die_with
 from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.federation import Federation
-from silotune.components.progress import RUN_VARIABLE
+from silotune.components.process.child import WARM_VARIABLE, die_with
+from silotune.components.process.progress import RUN_VARIABLE
 
 KEEP = 10  # run folders kept
 
@@ -128,7 +128,7 @@ def execute(file: str, folder: Path, rounds: str, warmth: str) -> dict[str, Any]
 
 def failure(folder: Path) -> dict[str, Any] | None:
     """The result of a run whose coordinator's box told that it broke; None where none did."""
-    from silotune.components.progress import read_events
+    from silotune.components.process.progress import read_events
 
     for event in reversed(read_events(folder, 0)[0]):
         if event["what"] == "broke":
@@ -140,7 +140,7 @@ def failure(folder: Path) -> dict[str, Any] | None:
 def _warm_parent() -> Any:
     with tempfile.TemporaryDirectory(prefix="silotune-") as folder:
         address = f"{folder}/warm"
-        process = subprocess.Popen([sys.executable, "-m", "silotune.components.warm_parent", address], stdin=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-m", "silotune.components.process.warm_parent", address], stdin=subprocess.PIPE)
         while not os.path.exists(address) and process.poll() is None:
             time.sleep(0.02)
         os.environ[WARM_VARIABLE] = address

@@ -26,14 +26,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from silotune.components import job_manifest
+from silotune.components.cluster import job_manifest
+from silotune.components.cluster.jobs_api import KUBECONFIG_VARIABLE
 from silotune.components.errors import FederationError
 from silotune.components.federation import WORK_VARIABLE, Federation, Silo
-from silotune.components.jobs_api import KUBECONFIG_VARIABLE
 from silotune.components.keys import FOLDER_VARIABLE
 from silotune.components.launcher import LAUNCHER_VARIABLE
-from silotune.components.placement_terms import Claim, SecretUse, Toleration
 from silotune.components.recurrence import API_VARIABLE
+from silotune.components.terms.placement import Claim, SecretUse, Toleration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from silotune.components.errors import SilotuneError
 from silotune.components.federation import Federation
-from silotune.components.progress import Heartbeat, read_events, read_heartbeats
+from silotune.components.process.progress import Heartbeat, read_events, read_heartbeats
 from silotune.components.protocol import Turn
 from silotune.components.rounds import Rounds
 from silotune.components.silo_job import parse_status

@@ -38,13 +38,13 @@ from silotune.components.learning.records import read_records
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.mask import step as mask
 from silotune.components.muster import step as muster
-from silotune.components.policy import Policy
 from silotune.components.preprocess import step as preprocess
-from silotune.components.progress import tell
+from silotune.components.process.progress import tell
 from silotune.components.protocol import Commit, Turn, pooled
 from silotune.components.rounds import Rounds
 from silotune.components.share import step as share
 from silotune.components.silo_job import silo_home, status_text
+from silotune.components.steward.policy import Policy
 from silotune.components.train import step as train
 from silotune.components.unmask import step as unmask
 

@@ -19,7 +19,7 @@ from silotune.components import opening
 from silotune.components.federation import Federation
 from silotune.components.protocol import Attempt, Commit, Evaluation, Exported, Plan, Turn, perplexity, pooled
 from silotune.components.rounds import Rounds
-from silotune.components.secure_records import MaskedVector, MaskKeys, SecureRound
+from silotune.components.secure_sum.records import MaskedVector, MaskKeys, SecureRound
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

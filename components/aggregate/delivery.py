@@ -13,10 +13,10 @@ from silotune.components.federation import Agreement
 from silotune.components.keys import verify
 from silotune.components.learning.blob import FileBlob
 from silotune.components.learning.update import Expectation, Update, UpdateRefused, open_update
-from silotune.components.object_store import ObjectMissing
 from silotune.components.protocol import Plan
 from silotune.components.rounds import Rounds
-from silotune.components.store_blob import StoreBlob
+from silotune.components.store.object_store import ObjectMissing
+from silotune.components.store.store_blob import StoreBlob
 
 
 def expectation(rounds: Rounds, plan: Plan, agreement: Agreement, silo: str) -> Expectation:

@@ -14,11 +14,11 @@ from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.learning.aggregation.summation import SumDamaged
 from silotune.components.learning.aggregation.tree import Partial, Stored
 from silotune.components.learning.tensor_file import MalformedFile, open_tensor_file
-from silotune.components.object_store import ObjectMissing
-from silotune.components.progress import tell
+from silotune.components.process.progress import tell
 from silotune.components.protocol import Turn
 from silotune.components.rounds import Rounds
-from silotune.components.store_blob import StoreBlob
+from silotune.components.store.object_store import ObjectMissing
+from silotune.components.store.store_blob import StoreBlob
 
 
 def stored_sums(

@@ -14,10 +14,10 @@ from silotune.components.aggregate.delivery import expectation, fetch_whole, ope
 from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.federation import Agreement
 from silotune.components.learning.update import Expectation, Update, UpdateRefused
-from silotune.components.object_store import ObjectMissing
-from silotune.components.progress import tell
+from silotune.components.process.progress import tell
 from silotune.components.protocol import Plan, UpdateManifest
 from silotune.components.rounds import CorruptObject, Rounds
+from silotune.components.store.object_store import ObjectMissing
 
 OPENERS = 8  # updates whose headers are read at once
 

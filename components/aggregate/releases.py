@@ -27,9 +27,9 @@ from silotune.components.learning.privacy import gaussian, prefix_tree
 from silotune.components.learning.privacy.noise import Noise
 from silotune.components.learning.privacy.own_secret import BYTES, derive, own_secret
 from silotune.components.learning.privacy.silo_noise import Layer, SiloNoise
-from silotune.components.privacy_terms import SiloPrivacy
 from silotune.components.protocol import Plan, Release
 from silotune.components.rounds import Rounds
+from silotune.components.terms.privacy import SiloPrivacy
 
 MOUNTED = f"{COORDINATOR}.noise"
 CLOSE = 1e-9  # relative: sums of shares of a whole are compared with it

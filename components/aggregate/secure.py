@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from silotune.components import secure_terms
 from silotune.components.errors import QuorumError, RefusedError
 from silotune.components.federation import Agreement
-from silotune.components.progress import tell
+from silotune.components.process.progress import tell
 from silotune.components.protocol import Contribution, Plan
 from silotune.components.rounds import Rounds
-from silotune.components.secure_records import (
+from silotune.components.secure_sum import terms as secure_terms
+from silotune.components.secure_sum.records import (
     MaskedVector,
     MaskKeys,
     Opening,
@@ -27,7 +27,7 @@ from silotune.components.secure_records import (
     Survivors,
     mark,
 )
-from silotune.components.store_blob import StoreBlob
+from silotune.components.store.store_blob import StoreBlob
 
 if TYPE_CHECKING:
     from silotune.components.learning.privacy.masking import Mask

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from silotune.components import audit, child, opening, secure_records, secure_terms, tracking
+from silotune.components import opening, tracking
 from silotune.components.aggregate import carried, groups, releases
 from silotune.components.aggregate.delivery import expectation, fetch_whole, open_delivery, silo_of
 from silotune.components.aggregate.intake import Intake
@@ -28,12 +28,16 @@ from silotune.components.learning.aggregation.summation import SumDamaged
 from silotune.components.learning.aggregation.tree import Stored
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.learning.update import Update, UpdateRefused
-from silotune.components.object_store import ObjectMissing
-from silotune.components.progress import tell
+from silotune.components.process import child
+from silotune.components.process.progress import tell
 from silotune.components.protocol import Commit, Contribution, Plan, Turn, UpdateManifest
+from silotune.components.provenance import audit
 from silotune.components.rounds import CorruptObject, Rounds, file_digest
-from silotune.components.secure_records import SecureRound
+from silotune.components.secure_sum import records as secure_records
+from silotune.components.secure_sum import terms as secure_terms
+from silotune.components.secure_sum.records import SecureRound
 from silotune.components.silo_job import first_troubles, parse_status
+from silotune.components.store.object_store import ObjectMissing
 
 RECENT = 5  # rounds whose norms say what is usual
 

@@ -15,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from silotune.components import child
 from silotune.components.aggregate import groups
 from silotune.components.aggregate.intake import Intake
 from silotune.components.errors import RefusedError
@@ -23,10 +22,11 @@ from silotune.components.federation import Federation
 from silotune.components.learning.aggregation.combination import summands
 from silotune.components.learning.aggregation.tree import partial_sum
 from silotune.components.learning.update import UpdateRefused
-from silotune.components.object_store import ObjectMissing
-from silotune.components.progress import tell
+from silotune.components.process import child
+from silotune.components.process.progress import tell
 from silotune.components.protocol import Partial, Summand, Turn, UpdateManifest
 from silotune.components.rounds import Rounds
+from silotune.components.store.object_store import ObjectMissing
 
 SUM = "sum.safetensors"
 

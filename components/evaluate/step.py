@@ -14,7 +14,7 @@ from pathlib import Path
 from silotune.components import base_model, launcher
 from silotune.components.federation import Federation, Silo
 from silotune.components.preprocess.step import CANARIES
-from silotune.components.progress import Pulse, beating
+from silotune.components.process.progress import Pulse, beating
 from silotune.components.protocol import Commit, Exposed, Split
 from silotune.components.rounds import Rounds
 from silotune.components.silo_job import one_at_a_time, silo_home, status_text

@@ -11,14 +11,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from silotune.components import audit, base_model, child, opening, tracking
+from silotune.components import base_model, opening, tracking
 from silotune.components.aggregate.step import fetch_global
 from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.learning.aggregation.factors import DELTA
 from silotune.components.learning.tensor_file import open_tensor_file
-from silotune.components.progress import tell
+from silotune.components.process import child
+from silotune.components.process.progress import tell
 from silotune.components.protocol import Commit, Exported, Turn, perplexity, pooled
+from silotune.components.provenance import audit
 from silotune.components.rounds import Rounds, file_digest
 from silotune.components.silo_job import parse_status
 

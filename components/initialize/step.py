@@ -10,10 +10,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from silotune.components import audit, base_model, child, keys, opening, tracking
+from silotune.components import base_model, keys, opening, tracking
 from silotune.components.errors import FederationError
 from silotune.components.federation import Agreement, Federation
+from silotune.components.process import child
 from silotune.components.protocol import Commit
+from silotune.components.provenance import audit
 from silotune.components.rounds import Rounds
 from silotune.components.silo_job import parse_status
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from silotune.components.learning.aggregation.factors import CORE, DELTA, A, B
 from silotune.components.learning.aggregation.summation import MEMORY
-from silotune.components.strategies import Strategy
+from silotune.components.terms.strategies import Strategy
 
 Schema = dict[str, list[int]]  # tensor name -> shape
 

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from silotune.components.ending import NO_MEMORY_TEXT
 from silotune.components.errors import SilotuneError
+from silotune.components.process.ending import NO_MEMORY_TEXT
 
 BUCKET = 1 << 26  # float32 values: 256 MiB
 PATIENCE = timedelta(minutes=30)  # in one exchange, for the slowest rank

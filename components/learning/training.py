@@ -29,7 +29,7 @@ from silotune.components.learning.privacy.private_gradient import Private, Priva
 from silotune.components.learning.ranks import ALONE, Ranks
 from silotune.components.learning.schedule import rate
 from silotune.components.learning.tokens import Shard
-from silotune.components.training_terms import Training
+from silotune.components.terms.training import Training
 
 NONE = LocalTerm()
 OnStep = Callable[[int, int, float | None], None]

@@ -52,7 +52,7 @@ from silotune.components.learning.tensor_file import (
     to_bytes,
     write_tensor_file,
 )
-from silotune.components.section import Section
+from silotune.components.terms.section import Section
 
 KEY = "silotune"
 DTYPE = {"float32": "F32", "bfloat16": "BF16"}

@@ -17,13 +17,16 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from silotune.components import child, opening, secure_records, secure_terms
+from silotune.components import opening
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation
-from silotune.components.progress import tell
+from silotune.components.process import child
+from silotune.components.process.progress import tell
 from silotune.components.protocol import Plan, Turn
 from silotune.components.rounds import Rounds
-from silotune.components.secure_records import (
+from silotune.components.secure_sum import records as secure_records
+from silotune.components.secure_sum import terms as secure_terms
+from silotune.components.secure_sum.records import (
     A,
     MaskedVector,
     MaskKeys,

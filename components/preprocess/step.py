@@ -20,10 +20,10 @@ from silotune.components.federation import Federation, Silo, canonical_json
 from silotune.components.federation_file import is_remote
 from silotune.components.learning.batches import stream
 from silotune.components.learning.records import PERSON, read_records
-from silotune.components.object_store import open_store
-from silotune.components.progress import Pulse, beating
+from silotune.components.process.progress import Pulse, beating
 from silotune.components.rounds import file_digest
 from silotune.components.silo_job import one_at_a_time, silo_home
+from silotune.components.store.object_store import open_store
 from silotune.components.train.permission import admit
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""share: in a silo, the secrets that cover its update are shared out among the others, sealed to each. See `secure_silo`.
+"""share: in a silo, the secrets that cover its update are shared out among the others, sealed to each. See `secure_sum.silo`.
 
 python -m silotune.components.share.step FEDERATION SILO "round:1 attempt:1"
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from silotune.components import launcher, secure_silo
+from silotune.components import launcher
 from silotune.components.protocol import Turn
+from silotune.components.secure_sum import silo as secure_silo
 from silotune.components.silo_job import status_text
 
 

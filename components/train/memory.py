@@ -18,10 +18,10 @@ from silotune.components.errors import RefusedError
 from silotune.components.federation import canonical_json
 from silotune.components.learning.aggregation.summation import MEMORY
 from silotune.components.learning.tensor_file import MalformedFile, open_tensor_file, to_bytes, write_tensor_file
-from silotune.components.object_store import ObjectMissing
 from silotune.components.protocol import Commit
 from silotune.components.rounds import CorruptObject, Rounds
-from silotune.components.strategies import Aggregation
+from silotune.components.store.object_store import ObjectMissing
+from silotune.components.terms.strategies import Aggregation
 
 FILE = "memory.safetensors"  # in the silo's folder
 THROUGH = "through"  # in its metadata: digest of the last commit that it holds

@@ -17,11 +17,11 @@ from silotune.components.learning.aggregation.summation import MEMORY
 from silotune.components.learning.exchange import held, trained_names
 from silotune.components.learning.local_term import LocalTerm
 from silotune.components.learning.ranks import ALONE, Ranks
-from silotune.components.progress import Pulse, beating
+from silotune.components.process.progress import Pulse, beating
 from silotune.components.silo_job import time_left
-from silotune.components.strategies import STRATEGIES, Strategy
+from silotune.components.terms.strategies import STRATEGIES, Strategy
+from silotune.components.terms.training import Training
 from silotune.components.train.private import PrivateTerms
-from silotune.components.training_terms import Training
 
 if TYPE_CHECKING:
     from silotune.components.learning.evaluation import Score

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-from silotune.components.budget import Limits, Unit, reserve, spent
-from silotune.components.budget import bound as composed
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation
 from silotune.components.learning.privacy.accounting import Mechanism
 from silotune.components.learning.tensor_file import WIDTH
 from silotune.components.learning.update import DTYPE
-from silotune.components.ledger import Charge, Ledger
-from silotune.components.policy import Asked, Policy, require
 from silotune.components.protocol import Plan
 from silotune.components.rounds import Rounds
+from silotune.components.steward.budget import Limits, Unit, reserve, spent
+from silotune.components.steward.budget import bound as composed
+from silotune.components.steward.ledger import Charge, Ledger
+from silotune.components.steward.policy import Asked, Policy, require
 
 
 def admit(federation: Federation, agreement: Agreement, silo_id: str) -> Policy | None:

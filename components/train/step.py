@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from silotune.components import base_model, launcher, opening
-from silotune.components.egress import require_update, told_numbers
-from silotune.components.ending import told
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.learning.aggregation.combination import OPTIMIZER
@@ -24,14 +22,16 @@ from silotune.components.learning.aggregation.server_optimizer import CONTROL as
 from silotune.components.learning.ranks import backend
 from silotune.components.learning.tensor_file import MalformedFile, open_tensor_file, to_bytes, write_tensor_file
 from silotune.components.learning.update import Codec, Header, read_header, write_update
-from silotune.components.nodes import LOOK, Layout, NodeLost, Table, raised
-from silotune.components.policy import Policy
-from silotune.components.progress import Pulse, beat, beating
+from silotune.components.process.ending import told
+from silotune.components.process.nodes import LOOK, Layout, NodeLost, Table, raised
+from silotune.components.process.progress import Pulse, beat, beating
 from silotune.components.protocol import Evaluation, Plan, Report, Split, Turn, UpdateManifest
 from silotune.components.rounds import Rounds
-from silotune.components.secure_records import has_trained
-from silotune.components.secure_silo import UPDATE, SiloPart
+from silotune.components.secure_sum.records import has_trained
+from silotune.components.secure_sum.silo import UPDATE, SiloPart
 from silotune.components.silo_job import one_at_a_time, silo_home, status_text
+from silotune.components.steward.egress import require_update, told_numbers
+from silotune.components.steward.policy import Policy
 from silotune.components.train import permission, workers
 from silotune.components.train.memory import own_sum
 from silotune.components.train.order import CHECKPOINT, COMMON, CONTROL, INCOMING, OWN, Order, learn, open_split

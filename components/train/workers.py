@@ -30,13 +30,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from silotune.components.child import die_with
-from silotune.components.ending import NO_MEMORY, in_words, oom_kills, told
 from silotune.components.errors import SilotuneError
 from silotune.components.learning.ranks import RankLost, joined
 from silotune.components.learning.tensor_file import open_tensor_file, to_bytes, write_tensor_file
-from silotune.components.nodes import Layout, NodeLost, Table, raised
-from silotune.components.progress import HEARTBEAT_VARIABLE, Pulse
+from silotune.components.process.child import die_with
+from silotune.components.process.ending import NO_MEMORY, in_words, oom_kills, told
+from silotune.components.process.nodes import Layout, NodeLost, Table, raised
+from silotune.components.process.progress import HEARTBEAT_VARIABLE, Pulse
 from silotune.components.train.order import OnScore, Order, learn
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""unmask: in a silo, the shares are told that open the sum of those who have delivered, and nothing else. See `secure_silo`.
+"""unmask: in a silo, the shares are told that open the sum of those who have delivered, and nothing else. See `secure_sum.silo`.
 
 python -m silotune.components.unmask.step FEDERATION SILO "round:1 attempt:1"
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from silotune.components import launcher, secure_silo
+from silotune.components import launcher
 from silotune.components.protocol import Turn
+from silotune.components.secure_sum import silo as secure_silo
 from silotune.components.silo_job import status_text
 
 

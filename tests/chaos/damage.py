@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from silotune.components.object_store import ObjectMissing, ObjectStore
 from silotune.components.rounds import Rounds
+from silotune.components.store.object_store import ObjectMissing, ObjectStore
 
 
 @dataclass(frozen=True)

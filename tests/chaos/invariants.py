@@ -9,12 +9,12 @@ from pathlib import Path
 from damage import Damage
 from scenario import SILOS, STEPS
 
-from silotune.components import chain
 from silotune.components.aggregate.step import fetch_global
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Federation
-from silotune.components.object_store import PROBE
+from silotune.components.provenance import chain
 from silotune.components.rounds import Rounds
+from silotune.components.store.object_store import PROBE
 from silotune.pipelines.status import status
 
 HEX = r"[0-9a-f]{64}"

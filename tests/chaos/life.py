@@ -19,11 +19,12 @@ from board import Board
 from faults import FaultyStore
 from scenario import SILOS, Scenario, Trap
 
-from silotune.components import child, ending, rounds
+from silotune.components import rounds
 from silotune.components.learning import training
-from silotune.components.object_store import ObjectStore, open_store
+from silotune.components.process import child, ending
 from silotune.components.protocol import Turn
 from silotune.components.silo_job import status_text
+from silotune.components.store.object_store import ObjectStore, open_store
 
 UNFORESEEN = "unexpected error"
 

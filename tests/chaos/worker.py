@@ -24,7 +24,7 @@ from course import Broken, Scene, World, fixtures
 from scenario import draw
 from whole_run import WholeRun
 
-from silotune.components.warm_parent import PACKAGES
+from silotune.components.process.warm_parent import PACKAGES
 
 
 def make_base(world: World) -> None:

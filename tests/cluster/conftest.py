@@ -22,7 +22,7 @@ from trial.trial import Trial
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
     if why := place.missing(os.environ) or require_kubectl():
         pytest.skip(why)
-    from silotune.pipelines.kfp_api import connect
+    from silotune.pipelines.kubeflow.kfp_api import connect
 
     here = place.of(os.environ)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does

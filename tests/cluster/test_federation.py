@@ -31,7 +31,7 @@ def test_the_example_federation_runs_to_its_end(trial: Trial) -> None:
 
 
 def test_the_metrics_of_a_round_are_listed_where_kubeflow_lists_outputs(trial: Trial) -> None:
-    from silotune.pipelines import runs
+    from silotune.pipelines.kubeflow import runs
 
     federation = next((f for f in trial.federations if f.name.endswith("-example")), None)
     if federation is None:

@@ -18,7 +18,7 @@ from trial.trial import Trial
 
 from silotune.components import keys
 from silotune.components.federation import Federation
-from silotune.pipelines.cluster_fit import require_fit
+from silotune.pipelines.kubeflow.cluster_fit import require_fit
 
 HERE = Path(__file__).parent
 VERSIONS = ("1.30", "1.34")  # as in tests/k8s

@@ -10,8 +10,8 @@ from trial.trial import RUN, Trial
 from trial.waiting import Hopeless, wait_for
 
 from silotune.components.federation import Federation
-from silotune.pipelines import runs, schedules
-from silotune.pipelines.kfp_api import experiment_of
+from silotune.pipelines.kubeflow import runs, schedules
+from silotune.pipelines.kubeflow.kfp_api import experiment_of
 
 pytestmark = pytest.mark.cluster
 

@@ -18,7 +18,7 @@ from silotune.components.learning.aggregation.summation import MEMORY
 from silotune.components.learning.exchange import trained_names
 from silotune.components.learning.tensor_file import open_tensor_file, to_bytes, write_tensor_file
 from silotune.components.learning.update import Codec, Header, Update, write_update
-from silotune.components.strategies import Aggregation
+from silotune.components.terms.strategies import Aggregation
 
 Arrays = dict[str, np.ndarray]
 OUT, IN, RANK, SCALE = 9, 11, 3, 2.0

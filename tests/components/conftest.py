@@ -22,9 +22,9 @@ import boto3
 import pytest
 from botocore.loaders import JSONFileLoader
 
-from silotune.components.directory_store import DirectoryStore
-from silotune.components.object_store import ObjectStore
-from silotune.components.s3_store import S3Store
+from silotune.components.store.directory_store import DirectoryStore
+from silotune.components.store.object_store import ObjectStore
+from silotune.components.store.s3_store import S3Store
 
 BUCKET = "silotune-tests"
 SECRET = "wJalrXUtnFEMI-do-not-print"

@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-from silotune.components import audit, keys
-from silotune.components.directory_store import DirectoryStore
+from silotune.components import keys
 from silotune.components.federation import Federation
 from silotune.components.protocol import Commit, Contribution, Exported, Participant, Plan, UpdateManifest
+from silotune.components.provenance import audit
 from silotune.components.rounds import Rounds
+from silotune.components.store.directory_store import DirectoryStore
 
 SILOS = ("east", "north", "south")
 LEFT = {"total": 100}

@@ -19,7 +19,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from silotune.components.errors import UnreachableError
-from silotune.components.object_store import ObjectStore
+from silotune.components.store.object_store import ObjectStore
 
 STORE_KINDS = ("drop-before", "drop-after", "delay", "duplicate", "truncate", "flip")
 PROXY_KINDS = ("reset", "stall", "truncate", "delay")

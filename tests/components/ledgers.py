@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from silotune.components import keys
-from silotune.components.budget import Limits, reserve
 from silotune.components.errors import RefusedError
 from silotune.components.federation import PublicKey
 from silotune.components.learning.privacy.accounting import Mechanism
-from silotune.components.ledger import Charge, Ledger
-from silotune.components.object_store import ObjectStore
+from silotune.components.steward.budget import Limits, reserve
+from silotune.components.steward.ledger import Charge, Ledger
+from silotune.components.store.object_store import ObjectStore
 
 MOMENTS = {"os.link", "os.remove", "os.mkdir", "os.rename"}  # what Python tells an audit hook of
 

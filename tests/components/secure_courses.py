@@ -17,8 +17,8 @@ from silotune.components.mask import step as mask
 from silotune.components.muster import step as muster
 from silotune.components.protocol import Commit, Turn
 from silotune.components.rounds import Rounds
-from silotune.components.secure_records import SecureRound
-from silotune.components.secure_silo import UPDATE, SiloPart
+from silotune.components.secure_sum.records import SecureRound
+from silotune.components.secure_sum.silo import UPDATE, SiloPart
 from silotune.components.share import step as share
 from silotune.components.silo_job import silo_home, status_text
 from silotune.components.unmask import step as unmask

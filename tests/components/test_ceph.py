@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from silotune.components import s3_store
 from silotune.components.errors import UnreachableError
-from silotune.components.object_store import open_store
-from silotune.components.s3_store import PART, S3Store
+from silotune.components.store import s3_store
+from silotune.components.store.object_store import open_store
+from silotune.components.store.s3_store import PART, S3Store
 
 pytestmark = pytest.mark.ceph
 
@@ -82,7 +82,7 @@ def test_one_of_eight_racing_threads_wins_every_race(ceph: S3Store) -> None:
 def test_one_of_four_racing_processes_wins_every_race(ceph: S3Store) -> None:
     racer = """
 import sys
-from silotune.components.object_store import open_store
+from silotune.components.store.object_store import open_store
 store, name = open_store(sys.argv[1]), sys.argv[2]
 store.size("warm")
 print(flush=True)

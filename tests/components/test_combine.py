@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 from deliveries import SILOS, Deliveries
 
-from silotune.components import chain, child
 from silotune.components.aggregate import step as aggregate
 from silotune.components.combine import step as combine
-from silotune.components.directory_store import DirectoryStore
 from silotune.components.errors import RefusedError, SilotuneError, UnreachableError
 from silotune.components.learning.aggregation.mean import weighted_mean
 from silotune.components.learning.aggregation.summation import SumDamaged
@@ -23,10 +21,13 @@ from silotune.components.learning.aggregation.tree import Partial as Known
 from silotune.components.learning.aggregation.tree import Stored, grouped_mean
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.learning.update import Update
-from silotune.components.progress import RUN_VARIABLE, read_events
+from silotune.components.process import child
+from silotune.components.process.progress import RUN_VARIABLE, read_events
 from silotune.components.protocol import Commit, Partial
+from silotune.components.provenance import chain
 from silotune.components.rounds import Rounds, file_digest
-from silotune.components.strategies import STRATEGIES, Aggregation
+from silotune.components.store.directory_store import DirectoryStore
+from silotune.components.terms.strategies import STRATEGIES, Aggregation
 
 PAIRS = {"fan_in": 2}
 GROUPS = (("ada", "bo"), ("cy", "di"), ("ed",))
@@ -304,7 +305,7 @@ def test_without_signatures_a_record_still_holds_for_its_own_place_only(tmp_path
 
 def test_silos_may_not_read_sums(make: Callable[..., Deliveries]) -> None:
     """Of a group of one it is that one's update."""
-    from silotune.pipelines import policies
+    from silotune.pipelines.membership import bucket_policies as policies
 
     course = make()
     course.deliver(*SILOS)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from silotune.components.aggregate import step as aggregate
-from silotune.components.directory_store import DirectoryStore
 from silotune.components.errors import QuorumError, RefusedError
 from silotune.components.federation import Federation
 from silotune.components.initialize import step as initialize
-from silotune.components.object_store import ObjectMissing
 from silotune.components.preprocess import step as preprocess
 from silotune.components.protocol import UpdateManifest
 from silotune.components.rounds import Rounds
+from silotune.components.store.directory_store import DirectoryStore
+from silotune.components.store.object_store import ObjectMissing
 from silotune.components.train import step as train
 
 SILOS = ("east", "north", "south")

@@ -14,9 +14,9 @@ from typing import Any
 import faults
 import pytest
 
-from silotune.components.directory_store import DirectoryStore
 from silotune.components.errors import UnreachableError
-from silotune.components.s3_store import S3Store
+from silotune.components.store.directory_store import DirectoryStore
+from silotune.components.store.s3_store import S3Store
 
 
 def always(store: DirectoryStore, kind: str) -> Any:

@@ -12,7 +12,7 @@ import yaml
 
 from silotune.components.errors import FederationError
 from silotune.components.federation import Agreement, Federation, PublicKey, canonical_json, json_schema
-from silotune.components.round_terms import Quorum, seconds
+from silotune.components.terms.rounds import Quorum, seconds
 
 GOOD = """
 name: medquad

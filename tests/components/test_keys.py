@@ -15,8 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ed448, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 
-from silotune.components import audit, keys, ledger
-from silotune.components.directory_store import DirectoryStore
+from silotune.components import keys
 from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Federation, PublicKey, canonical_json
 from silotune.components.protocol import (
@@ -35,8 +34,11 @@ from silotune.components.protocol import (
     TrackingRun,
     UpdateManifest,
 )
+from silotune.components.provenance import audit
 from silotune.components.rounds import Rounds
-from silotune.components.secure_records import MaskedVector, MaskKeys, Opening, Roster, SealedShares, Survivors
+from silotune.components.secure_sum.records import MaskedVector, MaskKeys, Opening, Roster, SealedShares, Survivors
+from silotune.components.steward import ledger
+from silotune.components.store.directory_store import DirectoryStore
 
 ORDER = 2**252 + 27742317777372353535851937790883648493  # of Ed25519's base point
 

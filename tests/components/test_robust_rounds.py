@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import trials
 
-from silotune.components import chain
 from silotune.components.errors import FederationError, QuorumError
 from silotune.components.federation import Federation
 from silotune.components.learning import evaluation
@@ -18,8 +17,9 @@ from silotune.components.learning import model as models
 from silotune.components.learning.aggregation.factors import A, B
 from silotune.components.preprocess import step as preprocess
 from silotune.components.protocol import Commit
+from silotune.components.provenance import chain
 from silotune.components.silo_job import silo_home
-from silotune.components.strategies import RULES
+from silotune.components.terms.strategies import RULES
 from silotune.components.train import step as train
 from silotune.pipelines.simulate import Simulation
 

@@ -15,14 +15,14 @@ from typing import Any, get_args
 import pytest
 
 from silotune.components import keys, opening
-from silotune.components.directory_store import DirectoryStore
 from silotune.components.errors import FederationError, QuorumError, RefusedError, SilotuneError, UnreachableError
 from silotune.components.federation import Agreement, Federation
 from silotune.components.keys import Keyring
-from silotune.components.object_store import ObjectMissing, ObjectStore
 from silotune.components.protocol import Commit, Contribution, Evaluation, Participant, Plan, Report, Turn, UpdateManifest, pooled
-from silotune.components.round_terms import Until
 from silotune.components.rounds import CorruptObject, Rounds, highest
+from silotune.components.store.directory_store import DirectoryStore
+from silotune.components.store.object_store import ObjectMissing, ObjectStore
+from silotune.components.terms.rounds import Until
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from secure_courses import SecureCourse
 
-from silotune.components import mask_secrets
 from silotune.components.aggregate import step as aggregate
 from silotune.components.errors import QuorumError, RefusedError
 from silotune.components.learning.privacy.agreed_keys import public_key
 from silotune.components.learning.update import read_header, write_update
 from silotune.components.protocol import Record
-from silotune.components.secure_records import MaskedVector, MaskKeys, Opening, Roster, SealedShares, Survivors, mark
-from silotune.components.secure_silo import UPDATE
+from silotune.components.secure_sum import mask_secrets
+from silotune.components.secure_sum.records import MaskedVector, MaskKeys, Opening, Roster, SealedShares, Survivors, mark
+from silotune.components.secure_sum.silo import UPDATE
 
 SILOS = ("ada", "bo", "cy", "di")
 HONEST = "0" * 64

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from secure_courses import CLIP, SecureCourse, quantised_mean
 
-from silotune.components import secure_terms
 from silotune.components.errors import QuorumError, RefusedError
 from silotune.components.learning.privacy.discrete_gaussian import Noise
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.protocol import Commit
+from silotune.components.secure_sum import terms as secure_terms
 
 SILOS = ("ada", "bo", "cy", "di")
 SHAPES = {"w": (300, 100)}
@@ -56,7 +56,7 @@ def test_a_silo_counts_by_itself_what_it_has_helped_to_open(tmp_path: Path, monk
     course = course_of(tmp_path)
     for _ in range(2):
         course.try_round()
-    from silotune.components import secure_records
+    from silotune.components.secure_sum import records as secure_records
 
     monkeypatch.setattr(secure_records, "silo_epsilon_with", lambda *_: None)
     course.stage("share", statuses=[course.train(s) for s in SILOS])

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from secure_courses import CLIP, SecureCourse, clipped, quantised_mean
 
-from silotune.components import chain
 from silotune.components.aggregate import step as aggregate
 from silotune.components.errors import QuorumError, RefusedError
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.protocol import Commit, Turn
-from silotune.components.secure_silo import UPDATE
+from silotune.components.provenance import chain
+from silotune.components.secure_sum.silo import UPDATE
 from silotune.pipelines.status import status
 
 SILOS = ("ada", "bo", "cy", "di")
@@ -108,7 +108,7 @@ def test_a_sum_that_too_few_open_is_opened_later_by_those_who_have_not_answered(
 
 
 def openings(course: SecureCourse) -> dict[str, object]:
-    from silotune.components.secure_records import Opening
+    from silotune.components.secure_sum.records import Opening
 
     return dict(course.secure.believed(Opening, SILOS)[0])
 
@@ -159,7 +159,7 @@ def test_a_vector_that_the_store_damaged_is_sent_again_with_the_same_bytes(tmp_p
         statuses += course.stage(stage)
     survivors = course.secure.survivors()
     assert survivors is not None
-    from silotune.components.secure_records import MaskedVector
+    from silotune.components.secure_sum.records import MaskedVector
 
     record = course.secure.named(MaskedVector, "cy", survivors.members["cy"])
     path = course.path(course.rounds.object_key(record.object, "cy"))

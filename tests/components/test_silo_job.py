@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
-from silotune.components import child, silo_job
+from silotune.components import silo_job
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation
-from silotune.components.progress import HEARTBEAT_VARIABLE, INTERVAL, Heartbeat, Pulse, beat, read_heartbeat, read_heartbeats
+from silotune.components.process import child
+from silotune.components.process.progress import HEARTBEAT_VARIABLE, INTERVAL, Heartbeat, Pulse, beat, read_heartbeat, read_heartbeats
 from silotune.components.protocol import Report, Turn
 from silotune.components.rounds import Rounds
 from silotune.components.silo_job import parse_status, supervise
@@ -27,7 +28,7 @@ import os, pathlib, resource, signal, subprocess, sys, time
 from silotune.components import silo_job
 from silotune.components.errors import RefusedError, UnreachableError
 from silotune.components.federation import Federation
-from silotune.components.progress import Pulse
+from silotune.components.process.progress import Pulse
 
 def work(file, silo, what, *more):
     federation = Federation.load(file)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import trials
 
-from silotune.components import opening, retention
+from silotune.components import opening
 from silotune.components.errors import RefusedError
 from silotune.components.evaluate import step as evaluate
 from silotune.components.federation import Federation
@@ -20,6 +20,7 @@ from silotune.components.learning.schedule import rate
 from silotune.components.learning.training import token_losses
 from silotune.components.preprocess import step as preprocess
 from silotune.components.protocol import Commit
+from silotune.components.provenance import retention
 from silotune.components.silo_job import silo_home
 from silotune.components.train import step as train
 from silotune.components.train.memory import FILE, own_sum

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import trials
 
-from silotune.components import chain, tracking
+from silotune.components import tracking
 from silotune.components.aggregate import releases
 from silotune.components.aggregate import step as aggregate
 from silotune.components.errors import FederationError, RefusedError, SilotuneError, UnreachableError
@@ -20,6 +20,7 @@ from silotune.components.federation import Federation
 from silotune.components.learning.privacy import gaussian, prefix_tree
 from silotune.components.learning.privacy.noise import grid_of
 from silotune.components.learning.privacy.silo_noise import SHARE
+from silotune.components.provenance import chain
 from silotune.components.rounds import Rounds
 
 CLIP, EPSILON, DELTA, TOTAL = 0.05, 2.0, 1e-5, 3

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import trials
 
-from silotune.components import chain
 from silotune.components.aggregate import step as aggregate
 from silotune.components.errors import FederationError, SilotuneError
 from silotune.components.evaluate import step as evaluate
@@ -20,9 +19,10 @@ from silotune.components.learning.aggregation.server_optimizer import fedadam
 from silotune.components.learning.exchange import held
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.protocol import Commit
+from silotune.components.provenance import chain
 from silotune.components.rounds import Rounds, file_digest
 from silotune.components.silo_job import silo_home
-from silotune.components.strategies import STRATEGIES
+from silotune.components.terms.strategies import STRATEGIES
 from silotune.components.train import step as train
 from silotune.pipelines.simulate import Simulation
 

@@ -17,7 +17,7 @@ from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.learning.update import Codec, Header, write_update
 from silotune.components.protocol import Commit, Turn
 from silotune.components.rounds import Rounds
-from silotune.components.strategies import STRATEGIES
+from silotune.components.terms.strategies import STRATEGIES
 from silotune.components.train import step as train
 
 SILOS = ("east", "north", "south")

@@ -26,8 +26,8 @@ import yaml
 from google.protobuf import json_format
 from kubernetes_api import ALL_JOB_VERBS, Cluster
 
+from silotune.components.cluster.job_manifest import CONFIG_MAP, job_of
 from silotune.components.federation import Federation
-from silotune.components.job_manifest import CONFIG_MAP, job_of
 from silotune.components.launcher import LAUNCHER_VARIABLE
 
 pytestmark = pytest.mark.images

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from silotune.components import job_manifest, train_job
+from silotune.components.cluster import job_manifest, train_job
 from silotune.components.federation import Federation
-from silotune.components.placement_terms import Placement
+from silotune.components.terms.placement import Placement
 
 sys.path.append(str(Path(__file__).parents[1] / "fakes"))
 from kubernetes_api import jobset_job, schema_error

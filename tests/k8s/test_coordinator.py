@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from silotune.components.federation import Federation
-from silotune.pipelines.submission import versioned
+from silotune.pipelines.kubeflow.submission import versioned
 
 K8S = Path(__file__).parents[2] / "k8s"
 OVERLAYS = {"kind": "kubeflow", "example-production": "silotune"}  # overlay -> where KFP runs its tasks there
@@ -19,7 +19,7 @@ Object = dict[str, Any]
 
 def uses(overlay: str, folder: Path) -> dict[str, set[str]]:
     """ConfigMaps and Secrets that the overlay's federation, submitted, asks for: kind -> names."""
-    from silotune.pipelines.cluster_fit import require_fit
+    from silotune.pipelines.kubeflow.cluster_fit import require_fit
 
     federation = Federation.load(K8S / "overlays" / overlay / "federation.yaml")
     require_fit(federation)

@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from silotune.components import directory_store, opening
+from silotune.components import opening
 from silotune.components.rounds import Rounds
+from silotune.components.store import directory_store
 from silotune.pipelines.simulate import Simulation
 
 MOMENTS = ("before", "during", "after")

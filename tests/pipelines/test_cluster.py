@@ -18,8 +18,8 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 
 from silotune.components.errors import FederationError, RefusedError, SilotuneError, UnreachableError
 from silotune.components.federation import Federation
-from silotune.pipelines import cluster_fit, runs, schedules, submission
-from silotune.pipelines.kfp_api import Cluster, connect, words_of
+from silotune.pipelines.kubeflow import cluster_fit, runs, schedules, submission
+from silotune.pipelines.kubeflow.kfp_api import Cluster, connect, words_of
 
 IMAGE = "registry.example/silotune-silo@sha256:" + "a" * 64
 COORDINATOR_IMAGE = "registry.example/silotune-coordinator@sha256:" + "b" * 64
@@ -244,7 +244,7 @@ def test_a_server_that_is_away_busy_or_silent_is_worth_trying_again(ward: Federa
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         with pytest.raises(UnreachableError, match="no answer"):
             connect(url)
-    monkeypatch.setattr("silotune.pipelines.kfp_api.TIMEOUT", (0.2, 0.2))
+    monkeypatch.setattr("silotune.pipelines.kubeflow.kfp_api.TIMEOUT", (0.2, 0.2))
     with socket.socket() as mute:
         mute.bind(("127.0.0.1", 0))
         mute.listen()

@@ -12,7 +12,7 @@ import yaml
 
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation
-from silotune.components.strategies import RULES, STRATEGIES
+from silotune.components.terms.strategies import RULES, STRATEGIES
 from silotune.pipelines.checkup import composition_tables
 
 CLIP = {"clip": {"norm": 1.0}, "weights": "uniform"}

@@ -12,7 +12,7 @@ from silotune.components.aggregate import groups
 from silotune.components.combine import step as combine
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Federation
-from silotune.components.progress import read_events
+from silotune.components.process.progress import read_events
 from silotune.components.rounds import Rounds
 from silotune.pipelines.simulate import Simulation
 

@@ -14,7 +14,7 @@ from kfp.pipeline_spec import pipeline_spec_pb2
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation
 from silotune.components.train.component import train
-from silotune.pipelines import submission
+from silotune.pipelines.kubeflow import submission
 from silotune.pipelines.placement import place
 
 IMAGE = "registry.example/silotune-silo@sha256:" + "a" * 64

@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from silotune.components.progress import Heartbeat
+from silotune.components.process.progress import Heartbeat
 from silotune.components.protocol import Evaluation
 from silotune.pipelines.progress_view import Course, View, watch
 

@@ -11,16 +11,16 @@ import pytest
 import trials
 from secure_courses import quantised_mean
 
-from silotune.components import chain
 from silotune.components.federation import Federation
 from silotune.components.learning.aggregation.server_optimizer import fedadam
 from silotune.components.learning.tensor_file import open_tensor_file
-from silotune.components.privacy_terms import sums_securely
-from silotune.components.progress import read_events
+from silotune.components.process.progress import read_events
+from silotune.components.provenance import chain
 from silotune.components.rounds import Rounds
-from silotune.components.secure_silo import UPDATE
+from silotune.components.secure_sum.silo import UPDATE
 from silotune.components.silo_job import silo_home
-from silotune.components.strategies import STRATEGIES
+from silotune.components.terms.privacy import sums_securely
+from silotune.components.terms.strategies import STRATEGIES
 from silotune.pipelines.simulate import Simulation
 
 SECURE = {"privacy": {"secure_aggregation": {}}}

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from silotune.components.protocol import Evaluation, Report, UpdateManifest
-from silotune.components.round_terms import Quorum
+from silotune.components.terms.rounds import Quorum
 from silotune.pipelines import status as stand
 
 

@@ -36,7 +36,7 @@ from silotune.components.learning.aggregation.tree import Stored, grouped_mean
 from silotune.components.learning.privacy.silo_noise import SiloNoise
 from silotune.components.learning.tensor_file import TensorFile, open_tensor_file, tensor_writer, to_bytes
 from silotune.components.learning.update import Update
-from silotune.components.strategies import Aggregation
+from silotune.components.terms.strategies import Aggregation
 
 OUTGOING = "outgoing.safetensors"
 OPTIMIZER, REST = "optimizer", "rest"  # names of what is carried as tensor files

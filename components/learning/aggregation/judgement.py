@@ -17,7 +17,7 @@ from silotune.components.learning.aggregation.foolsgold import Likeness, foolsgo
 from silotune.components.learning.aggregation.gram import Gram, updates_gram
 from silotune.components.learning.aggregation.side_by_side import SideBySide
 from silotune.components.learning.update import Update
-from silotune.components.strategies import Aggregation, Robust
+from silotune.components.terms.strategies import Aggregation, Robust
 
 Numbers = Mapping[str, Any]  # JSON: what the rounds before have left of running bounds and FoolsGold's memory
 

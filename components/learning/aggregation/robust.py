@@ -23,7 +23,7 @@ import numpy as np
 from silotune.components.errors import QuorumError
 from silotune.components.learning.aggregation.bounds import clipping
 from silotune.components.learning.aggregation.gram import Gram
-from silotune.components.strategies import RULES
+from silotune.components.terms.strategies import RULES
 
 SMOOTHING = 1e-6  # of the geometric median: smallest distance that counts, in parts of the median norm
 ROUNDS = 1000  # of Weiszfeld's iteration at most

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from silotune.components.section import Section
+from silotune.components.terms.section import Section
 
 BY_CHANCE = 1 / math.log(2)  # bits
 

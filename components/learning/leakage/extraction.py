@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from silotune.components.learning.tokens import Shard
-from silotune.components.section import Section
+from silotune.components.terms.section import Section
 
 TOKENS = 16  # that must agree
 

@@ -17,7 +17,7 @@ import numpy as np
 from silotune.components.learning.leakage.one_run import LowerBound, lower_bound
 from silotune.components.learning.ranks import ALONE
 from silotune.components.learning.tokens import Counts, Shard
-from silotune.components.training_terms import Training
+from silotune.components.terms.training import Training
 
 if TYPE_CHECKING:
     from silotune.components.learning.privacy.private_gradient import Private

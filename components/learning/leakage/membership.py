@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from silotune.components.section import Section
+from silotune.components.terms.section import Section
 
 RATES = (0.01, 0.001)  # false-positive rates that are told of
 

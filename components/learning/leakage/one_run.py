@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from silotune.components.section import Section
+from silotune.components.terms.section import Section
 
 MOST = 64.0  # no bound above is looked for
 LEAST_GUESSES = 8

@@ -25,9 +25,9 @@ from typing import Any
 from pydantic import Field
 
 from silotune.components.errors import RefusedError
-from silotune.components.privacy_terms import Privacy
-from silotune.components.section import Positive, Section
-from silotune.components.training_terms import Training
+from silotune.components.terms.privacy import Privacy
+from silotune.components.terms.section import Positive, Section
+from silotune.components.terms.training import Training
 
 QUANTILE_SHARE = 0.05  # of 1 / z²: what adaptive clipping pays for its quantile
 INTERVAL = 1e-4  # of the loss distributions' grid, in nats, where nothing calls for another

@@ -24,7 +24,7 @@ from silotune.components.learning.privacy.sampling import Group, Units, groups, 
 from silotune.components.learning.privacy.unit_gradients import NoStretches, Tensors, UnitGradients, stretches_of
 from silotune.components.learning.ranks import Ranks
 from silotune.components.learning.tokens import Shard
-from silotune.components.training_terms import Training
+from silotune.components.terms.training import Training
 
 Losses = Callable[[Any], Any]  # a batch to its target tokens' losses, row by row
 

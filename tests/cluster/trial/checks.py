@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from silotune.components import job_manifest
+from silotune.components.cluster import job_manifest
 from silotune.components.federation import Federation
 from trial.trial import Trial
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
+from silotune.components.cluster.job_manifest import pod_of
 from silotune.components.federation import Federation
-from silotune.components.job_manifest import pod_of
-from silotune.pipelines import onboarding
+from silotune.pipelines.membership import onboarding
 from trial.place import LABEL, Place
 from trial.terms import BASE, BUCKET, RECORDS
 

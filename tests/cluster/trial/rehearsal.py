@@ -25,14 +25,15 @@ import kfp_api
 import kubernetes_api
 import yaml
 
-from silotune.components import cluster_job, keys, recurrence, round_page
+from silotune.components import keys, recurrence, round_page
 from silotune.components.aggregate import step as aggregate
+from silotune.components.cluster import cluster_job
 from silotune.components.errors import SilotuneError
 from silotune.components.export import step as export
 from silotune.components.federation import Federation
 from silotune.components.initialize import step as initialize
 from silotune.components.protocol import Turn
-from silotune.pipelines import runs
+from silotune.pipelines.kubeflow import runs
 from trial.kube import Forward, Kube
 from trial.place import Place
 from trial.trial import Trial
@@ -315,10 +316,10 @@ class Kubeflow:
 @contextmanager
 def warm(folder: Path) -> Iterator[None]:
     """Steps start from one process that has the imports behind it."""
-    from silotune.components.child import WARM_VARIABLE
+    from silotune.components.process.child import WARM_VARIABLE
 
     address = folder / "warm"
-    process = subprocess.Popen([sys.executable, "-m", "silotune.components.warm_parent", str(address)], stdin=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "silotune.components.process.warm_parent", str(address)], stdin=subprocess.PIPE)
     while not address.exists() and process.poll() is None:
         time.sleep(0.02)
     before = os.environ.get(WARM_VARIABLE)
@@ -336,7 +337,7 @@ def rehearsal(
     place: Place, folder: Path, s3: str, denials: Callable[[Object, Object, Object], list[str]]
 ) -> Iterator[tuple[Trial, Rehearsed]]:
     """A trial whose cluster is played."""
-    from silotune.pipelines.kfp_api import connect
+    from silotune.pipelines.kubeflow.kfp_api import connect
 
     kube = Rehearsed(place, folder, s3, denials)
     with kfp_api.KfpApi() as api, warm(folder):

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from silotune.components import job_manifest, keys
+from silotune.components import keys
+from silotune.components.cluster import job_manifest
 from silotune.components.errors import SilotuneError
 from silotune.components.federation import Federation
 from silotune.components.federation_file import COORDINATOR
 from silotune.components.rounds import Rounds
-from silotune.pipelines import runs, schedules, status, submission
-from silotune.pipelines.kfp_api import Cluster, speaking
+from silotune.pipelines import status
+from silotune.pipelines.kubeflow import runs, schedules, submission
+from silotune.pipelines.kubeflow.kfp_api import Cluster, speaking
 from trial import manifests, terms
 from trial.kube import Forward, Kube
 from trial.place import Place
@@ -131,7 +133,7 @@ class Trial:
         runs.cancel(self.cluster, federation)
         client, title = self.cluster.client, f"silotune-{federation.name}"
         with speaking(self.cluster.endpoint), suppress(ApiException):
-            from silotune.pipelines.kfp_api import named, pages
+            from silotune.pipelines.kubeflow.kfp_api import named, pages
 
             for pipeline in named(client.list_pipelines, "pipelines", title, namespace=self.cluster.namespace):
                 for version in list(pages(client.list_pipeline_versions, "pipeline_versions", pipeline_id=pipeline.pipeline_id)):

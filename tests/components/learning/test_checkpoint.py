@@ -23,7 +23,7 @@ from silotune.components.learning import model as models
 from silotune.components.learning.checkpoint import Checkpoint, NotSaved, Seen, load, save
 from silotune.components.learning.tokens import Shard
 from silotune.components.learning.training import Stretch, Trained, train
-from silotune.components.training_terms import Training
+from silotune.components.terms.training import Training
 
 STEPS = 6
 TERMS = {"steps": STEPS, "batch_size": 3, "learning_rate": 1e-2, "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 2}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from silotune.components.learning.exchange import held, held_shape, trained_names, update_schema
-from silotune.components.strategies import STRATEGIES
+from silotune.components.terms.strategies import STRATEGIES
 
 SHAPES = {
     "m.q.delta.weight": [6, 5], "m.q.lora_A.weight": [4, 5], "m.q.lora_B.weight": [6, 4], "m.v.lora_A.weight": [4, 5],

@@ -13,7 +13,7 @@ from silotune.components.learning.checkpoint import Checkpoint
 from silotune.components.learning.local_term import AppliedTerm, LocalTerm
 from silotune.components.learning.tokens import Shard
 from silotune.components.learning.training import Stretch, Trained, train
-from silotune.components.training_terms import Training
+from silotune.components.terms.training import Training
 
 LORA = {"r": 2, "alpha": 4.0, "dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
 TERMS = Training(precision="float32", steps=6, batch_size=3, learning_rate=1e-2, weight_decay=0.1)

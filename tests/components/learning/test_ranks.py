@@ -23,8 +23,8 @@ from silotune.components.learning.privacy.private_gradient import Private
 from silotune.components.learning.ranks import ALONE, RankLost, Ranks, RanksDiffer, joined
 from silotune.components.learning.tokens import Shard
 from silotune.components.learning.training import NonFiniteLoss, OutOfMemory, Stretch, train
-from silotune.components.nodes import Layout, Table
-from silotune.components.training_terms import Training
+from silotune.components.process.nodes import Layout, Table
+from silotune.components.terms.training import Training
 
 SEED = ("fed", 17, "north")
 LORA = {"r": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": "all-linear"}

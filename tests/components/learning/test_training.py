@@ -13,7 +13,7 @@ from silotune.components.learning import model as models
 from silotune.components.learning.batches import stream
 from silotune.components.learning.tokens import Shard
 from silotune.components.learning.training import NonFiniteLoss, OutOfMemory, Stretch, Trained, train, update_of
-from silotune.components.training_terms import Training
+from silotune.components.terms.training import Training
 
 PAD = 2
 SEED = ("fed", 17, "north")

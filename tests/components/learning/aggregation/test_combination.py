@@ -14,7 +14,7 @@ from combining import SCALE, Arrays, Course, QuadraticSilo, distance, first_glob
 from silotune.components.errors import QuorumError
 from silotune.components.learning.aggregation.factors import A, B
 from silotune.components.learning.update import UpdateRefused
-from silotune.components.strategies import RULES, STRATEGIES, Aggregation
+from silotune.components.terms.strategies import RULES, STRATEGIES, Aggregation
 
 SILOS = tuple(f"s{i}" for i in range(7))  # as many as Bulyan needs against one
 SAME = 3e-6  # relative; what float32 and another order of summation may change

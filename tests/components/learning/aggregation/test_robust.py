@@ -22,7 +22,7 @@ from silotune.components.learning.aggregation.robust import (
     norm_bound,
     require_enough,
 )
-from silotune.components.strategies import RULES
+from silotune.components.terms.strategies import RULES
 
 Vectors = dict[str, np.ndarray]
 

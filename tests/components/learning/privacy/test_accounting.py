@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from silotune.components.errors import RefusedError
 from silotune.components.learning.privacy.accounting import Mechanism, epsilon, noise_multiplier_for, rdp_epsilon, round_mechanism
-from silotune.components.privacy_terms import Privacy
-from silotune.components.training_terms import Training
+from silotune.components.terms.privacy import Privacy
+from silotune.components.terms.training import Training
 
 
 def mechanism(q: float, z: float, steps: int = 1, **more: Any) -> Mechanism:

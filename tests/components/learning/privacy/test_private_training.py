@@ -23,7 +23,7 @@ from silotune.components.learning.privacy.private_gradient import Private
 from silotune.components.learning.privacy.sampling import sample
 from silotune.components.learning.tokens import Shard
 from silotune.components.learning.training import NonFiniteLoss, Stretch, Trained, token_losses, train, update_of
-from silotune.components.training_terms import Training
+from silotune.components.terms.training import Training
 
 PAD = 2
 KEY = bytes(range(7, 39))

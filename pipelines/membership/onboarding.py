@@ -1,0 +1,378 @@
+"""Onboarding: the folder that a silo applies to its cluster.
+
+    write_silo(federation, silo, folder, images=…)     kustomize files, IAM policy, the silo's copy of the terms, and a README.md
+
+The manifests are those of ``k8s/base/silo``, copied, not generated: what a platform engineer has read there is what is applied, and all
+that is the silo's own stands as patches in one `kustomization.yaml`. They are found beside this package (``../k8s``), which is the repository's
+root in a checkout and ``site-packages/silotune`` where silotune is installed.
+
+Secrets are never written: README.md lists the commands with which the silo makes them, on its side.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from silotune.components.cluster import train_job
+from silotune.components.errors import FederationError
+from silotune.components.federation import Federation, Silo
+from silotune.components.federation_file import COORDINATOR, is_remote
+from silotune.pipelines.membership.bucket_policies import silo_policy
+from silotune.pipelines.steward import policy_starter
+
+MANIFESTS = Path(__file__).parents[2] / "k8s"
+NAMESPACE = "silotune-silo"  # in k8s/base/silo
+MOUNT = "/silo"  # where a Job has the silo's volume
+IMAGE = r"[a-z0-9./:_-]+@sha256:[0-9a-f]{64}"  # as the admission policy asks for it
+ACCOUNT = "silotune/silotune-launcher"  # namespace and name of the coordinator's service account
+MARGIN = 1800  # seconds that a Job may have beyond the deadline: to be scheduled, pull its image, tell its end
+JOBSET = "system:serviceaccount:kubeflow-system:jobset-controller-manager"  # as Kubeflow Trainer's own manifests install it
+GPU_CLASS = "silotune-gpu"  # in k8s/components/gpu
+Patch = tuple[dict[str, str], list[dict[str, Any]]]  # target, JSON patch
+LONGEST = 86400  # seconds a Job may have where the federation has no deadline
+
+
+def write_silo(
+    federation: Federation,
+    silo_id: str,
+    folder: Path,
+    *,
+    images: Sequence[str] = (),
+    store_cidrs: Sequence[str] = (),
+    endpoint: str = "",
+    launcher: str = ACCOUNT,
+    own_cluster: bool = False,
+    gpus: int = 0,
+    storage: str = "50Gi",
+    priority_classes: Sequence[str] = (),
+    jobset: str = JOBSET,
+) -> list[Path]:
+    """Write a silo's folder, ready for ``kubectl apply -k`` or GitOps; returns its files. Namespace and policy bear the silo's id.
+
+    Args:
+        folder: is made; must be absent or empty, since a silo may have edited an older one.
+        images: what may run on the silo's records, each as ``registry/name@sha256:…``; default: the image of its placement, which must be among
+            them.
+        store_cidrs: address ranges of the store, the only ones that Jobs can reach. Without any they reach nothing, until one is put in.
+        endpoint: the store's URL; empty for AWS.
+        launcher: ``namespace/name`` of the coordinator's service account in the silo's cluster.
+        own_cluster: the coordinator has no account in the silo's cluster; one is made in the silo's namespace, and its token handed over.
+        gpus: how many the silo's Jobs may use together; above 0 adds the runtime class of ``k8s/components/gpu``.
+        storage: size of the silo's volume, as Kubernetes writes it.
+        priority_classes: that its Jobs may name, besides the one of its placement.
+        jobset: account that JobSet's controller runs as in the silo's cluster; of use where ``placement.trainer`` is ``trainjob``.
+
+    How many nodes a training may have, and whether it is a TrainJob, follows from the silo's placement; a TrainJob's runtime is written with it.
+
+    Raises:
+        FederationError: no such silo; a file that cannot run on Kubernetes; an argument of the wrong form; the folder is not empty.
+    """
+    silo = federation.silo(silo_id)
+    images = images or [silo.placement.image or ""]
+    if silo.placement.priority_class:
+        priority_classes = sorted({*priority_classes, silo.placement.priority_class})
+    problems = [*_unfit(federation, silo, images), *_malformed(images, store_cidrs, endpoint, launcher, storage, priority_classes, jobset)]
+    if problems:
+        raise FederationError("\n".join([f"silo {silo_id} cannot be onboarded: {len(problems)} to correct", *(f"  {p}" for p in problems)]))
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise FederationError(f"{folder}: must be an empty folder or none, since files of the silo's own would be lost; name another")
+    policy = silo_policy(federation, silo_id, tls_only=not endpoint.startswith("http://"))
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(MANIFESTS / "base" / "silo", folder / "base", ignore=shutil.ignore_patterns("__*"))
+    by_trainer = silo.placement.trainer == "trainjob"
+    parts = [name for name, wanted in (("gpu", gpus), ("trainjob", by_trainer)) if wanted]
+    for part in parts:
+        shutil.copytree(MANIFESTS / "components" / part, folder / part, ignore=shutil.ignore_patterns("__*"))
+    namespace = f"silotune-{silo_id}"
+    account = f"{namespace}/silotune-launcher" if own_cluster else launcher
+    if own_cluster:
+        (folder / "launcher.yaml").write_text(handout("launcher.yaml").format(namespace=namespace))
+    patches = _patches(federation, silo, images, store_cidrs, endpoint, account, gpus, storage)
+    patches += [*_classes(priority_classes), *_several(silo.placement.nodes)]
+    patches += _trainer(federation, silo, images[0], gpus, jobset) if by_trainer else []
+    kustomization: dict[str, Any] = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": ["base", *(["launcher.yaml"] if own_cluster else [])],
+        **({"components": parts} if parts else {}),
+        "configMapGenerator": [{"name": "silotune-federation", "namespace": namespace, "files": ["federation.yaml", "policy.yaml"]}],
+        "generatorOptions": {"disableNameSuffixHash": True},
+        "patches": [
+            {"target": target, "patch": yaml.dump(operations, Dumper=_Plain, sort_keys=False, width=140)} for target, operations in patches
+        ],
+    }
+    head = f"# Silo {silo_id} of federation {federation.name}: what of base/ is this silo's own. README.md says what it grants.\n"
+    (folder / "kustomization.yaml").write_text(head + yaml.dump(kustomization, Dumper=_Blocks, sort_keys=False, width=140))
+    shutil.copyfile(federation.file, folder / "federation.yaml")
+    policy_starter.write(folder / "policy.yaml", federation, silo_id, None, images)
+    (folder / "iam-policy.json").write_text(json.dumps(policy, indent=2) + "\n")
+    (folder / "probe.yaml").write_text(handout("probe.yaml").format(namespace=namespace))
+    logs = f"{silo.storage}/{federation.name}/logs"
+    (folder / "logs.yaml").write_text(handout("logs.yaml").format(namespace=namespace, image=images[0], logs=logs, mount=MOUNT))
+    (folder / "README.md").write_text(_readme(federation, silo, account, images, store_cidrs, endpoint, own_cluster))
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _unfit(federation: Federation, silo: Silo, images: Sequence[str]) -> list[str]:
+    """Why a federation file is none for a silo on Kubernetes, or none for a silo that lets only these images run."""
+    where = f"silos[{[s.id for s in federation.silos].index(silo.id)}]"
+    problems = []
+    if federation.launcher != "job":
+        problems.append(f"launcher: must be job, got {federation.launcher!r}; with pod all silos share the coordinator's namespace")
+    if federation.custody != "parties":
+        problems.append("security.keys: must name a key of every party; make them with `silotune keys new`, each on its owner's machine")
+    if (ours := silo.placement.image) and ours not in images:
+        problems.append(
+            f"{where}.placement.image: must be one of the images that the silo admits, got {ours!r}; every Job would be refused"
+        )
+    for name in ("train", "valid", "test", "storage"):
+        place = getattr(silo, name)
+        if place is not None and not is_remote(place) and Path(MOUNT) not in (Path(place), *Path(place).parents):
+            problems.append(
+                f"{where}.{name}: must lie in the silo's volume, under {MOUNT}, got {place!r}; write it as the silo's Job sees it"
+            )
+    return problems
+
+
+def _malformed(
+    images: Sequence[str], cidrs: Sequence[str], endpoint: str, launcher: str, storage: str, classes: Sequence[str], jobset: str
+) -> list[str]:
+    problems = [
+        f"image: must be registry/name@sha256:<64 hex digits>, got {i!r}; a tag can change its content"
+        for i in images
+        if i and not _is(IMAGE, i)
+    ]
+    if not all(images):
+        problems.append("image: must name at least one, by digest, here or in the silo's placement.image; without any nothing may run")
+    for cidr in cidrs:
+        try:
+            if ipaddress.ip_network(cidr).prefixlen == 0:
+                problems.append(f"store address: must not be everywhere, got {cidr!r}; name the range of the store")
+        except ValueError as error:
+            problems.append(f"store address: must be a range such as 10.20.0.0/28, got {cidr!r}: {error}")
+    if not _is(r"(https?://[A-Za-z0-9.-]+(:\d+)?/?)?", endpoint):
+        problems.append(f"endpoint: must be http(s)://host[:port], got {endpoint!r}; empty is AWS")
+    if not _is(r"[a-z0-9-]{1,63}/[a-z0-9.-]{1,253}", launcher):
+        problems.append(f"launcher: must be namespace/service-account, got {launcher!r}; the usual one is {ACCOUNT}")
+    for name in classes:
+        if not _is(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?", name) or name.startswith("system-"):
+            problems.append(f"priority class: must be a name that is not the cluster's own system-…, got {name!r}; name one for such work")
+    if not _is(r"system:serviceaccount:[a-z0-9-]{1,63}:[a-z0-9.-]{1,253}", jobset):
+        problems.append(f"jobset: must be system:serviceaccount:namespace:name, got {jobset!r}; the usual one is {JOBSET}")
+    if not _is(r"[1-9][0-9]*(Gi|Ti)", storage):
+        problems.append(f"storage: must be a size such as 50Gi, got {storage!r}")
+    return problems
+
+
+def _is(pattern: str, text: str) -> bool:
+    return re.fullmatch(pattern, text) is not None
+
+
+def put(path: str, value: Any) -> dict[str, Any]:
+    """An operation of a JSON patch; `add` also replaces what is there."""
+    return {"op": "add", "path": path, "value": value}
+
+
+def _seconds(federation: Federation) -> int:
+    """The longest a Job may take."""
+    return int(federation.deadline_seconds) + MARGIN if federation.deadline_seconds else LONGEST
+
+
+def _patches(
+    federation: Federation, silo: Silo, images: Sequence[str], cidrs: Sequence[str], endpoint: str, account: str, gpus: int, storage: str
+) -> list[Patch]:
+    """All that differs from ``k8s/base/silo``."""
+    namespace = f"silotune-{silo.id}"
+    port = int(match[1]) if (match := re.search(r":(\d+)/?$", endpoint)) else 80 if endpoint.startswith("http://") else 443
+    subject_namespace, subject = account.split("/")
+    flow = [put("/spec/egress/0/ports/0/port", port)]
+    if cidrs:
+        flow.append(put("/spec/egress/0/to", [{"ipBlock": {"cidr": cidr}} for cidr in cidrs]))
+    patches: list[Patch] = [
+        ({"namespace": NAMESPACE}, [put("/metadata/namespace", namespace)]),
+        ({"kind": "Namespace", "name": NAMESPACE}, [put("/metadata/name", namespace)]),
+        (
+            {"kind": "ConfigMap", "name": "silotune-job-terms"},
+            [
+                put("/data/silo", silo.id),
+                put("/data/maxSeconds", str(_seconds(federation))),
+                *(put(f"/data/image-{i}", v) for i, v in enumerate(images, 1)),
+            ],
+        ),
+        ({"kind": "ConfigMap", "name": "silotune-store"}, [put("/data/AWS_ENDPOINT_URL", endpoint)]),
+        ({"kind": "NetworkPolicy", "labelSelector": "silotune.dev/flow=store"}, flow),
+        ({"kind": "PersistentVolumeClaim"}, [put("/spec/resources/requests/storage", storage)]),
+        (
+            {"kind": "RoleBinding", "name": "silotune-launcher"},
+            [put("/subjects/0/namespace", subject_namespace), put("/subjects/0/name", subject)],
+        ),
+        *_admission("silotune-jobs", silo.id),
+    ]
+    if gpus:
+        patches.append(({"kind": "ResourceQuota", "name": "silotune"}, [put("/spec/hard/requests.nvidia.com~1gpu", str(gpus))]))
+        patches.append(({"kind": "ConfigMap", "name": "silotune-job-terms"}, [put("/data/maxGpus", str(gpus))]))
+    return patches
+
+
+def _admission(policy: str, silo: str) -> list[Patch]:
+    """Its own name for a policy, which is cluster-scoped, and the namespace that it holds in."""
+    namespace = f"silotune-{silo}"
+    return [
+        ({"kind": "ValidatingAdmissionPolicy", "name": policy}, [put("/metadata/name", f"{policy}-{silo}")]),
+        (
+            {"kind": "ValidatingAdmissionPolicyBinding", "name": policy},
+            [
+                put("/metadata/name", f"{policy}-{silo}"),
+                put("/spec/policyName", f"{policy}-{silo}"),
+                put("/spec/paramRef/namespace", namespace),
+                put("/spec/matchResources/namespaceSelector/matchLabels/kubernetes.io~1metadata.name", namespace),
+            ],
+        ),
+    ]
+
+
+def _classes(names: Sequence[str]) -> list[Patch]:
+    operations = [put(f"/data/priorityClass-{i}", name) for i, name in enumerate(names, 1)]
+    return [({"kind": "ConfigMap", "name": "silotune-job-terms"}, operations)] if operations else []
+
+
+def _several(nodes: int) -> list[Patch]:
+    """Room for the pods of a training on several nodes, and a volume that all of them can mount."""
+    if nodes == 1:
+        return []
+    room = {
+        "pods": str(nodes + 2),
+        "requests.cpu": str(16 * nodes),
+        "requests.memory": f"{64 * nodes}Gi",
+        "limits.memory": f"{64 * nodes}Gi",
+    }
+    return [
+        ({"kind": "ConfigMap", "name": "silotune-job-terms"}, [put("/data/maxNodes", str(nodes))]),
+        ({"kind": "ResourceQuota", "name": "silotune"}, [put(f"/spec/hard/{what}", much) for what, much in room.items()]),
+        ({"kind": "PersistentVolumeClaim"}, [put("/spec/accessModes", ["ReadWriteMany"])]),
+    ]
+
+
+def _trainer(federation: Federation, silo: Silo, image: str, gpus: int, jobset: str) -> list[Patch]:
+    """The silo's own runtime, and who may make Jobs of it."""
+    place = silo.placement.model_copy(update={"image": silo.placement.image or image})
+    if gpus and not place.runtime_class:  # a launcher's Job names it; a TrainJob cannot
+        place = place.model_copy(update={"runtime_class": GPU_CLASS})
+    runtime = train_job.runtime_of(place, silo.id, _seconds(federation))
+    job = "/spec/template/spec/replicatedJobs/0/template/spec"
+    (made,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    return [
+        ({"kind": "TrainingRuntime", "name": train_job.RUNTIME}, [put(job, made["template"]["spec"])]),
+        ({"kind": "ConfigMap", "name": "silotune-job-terms"}, [put("/data/jobsetController", jobset)]),
+        *_admission("silotune-trainjobs", silo.id),
+    ]
+
+
+class _Blocks(yaml.SafeDumper):
+    """Texts of several lines as blocks, so that the patches can be read."""
+
+
+class _Plain(yaml.SafeDumper):
+    """Without anchors: kustomize reads each patch by itself, and so do people."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Blocks.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+)
+
+
+def handout(name: str) -> str:
+    return (MANIFESTS / "handout" / name).read_text(encoding="utf-8")
+
+
+def _readme(
+    federation: Federation, silo: Silo, account: str, images: Sequence[str], cidrs: Sequence[str], endpoint: str, own_cluster: bool
+) -> str:
+    namespace = f"silotune-{silo.id}"
+    secret = f"kubectl --namespace {namespace} create secret generic"
+    keys = "\n".join(
+        f"| {party} | `{key.public}` | {key.since} to {'the end' if key.until is None else key.until} |"
+        for party, its in federation.public_keys.items()
+        if party in (COORDINATOR, silo.id)
+        for key in its
+    )
+    base = federation.model.base
+    todo = [
+        f"Apply: `kubectl apply -k .` as a cluster administrator; the admission policy is cluster-scoped. Then `kubectl label namespace {namespace} "
+        "--list` must show `enforce=restricted`.",
+        "Give the silo's user or role in the store the rights in `iam-policy.json`, and nothing else.",
+        f"Its credentials, from files so that they stand in no history: `{secret} silotune-s3 --from-file=AWS_ACCESS_KEY_ID "
+        "--from-file=AWS_SECRET_ACCESS_KEY` (no line break at the end of the files)",
+        f"The silo's private key, made by `silotune keys new {silo.id}` on the silo's side: `{secret} silotune-keys --from-file={silo.id}.pem`. "
+        "Its public half must be the one above.",
+        f"Only if the registry asks who pulls: a secret `silotune-registry` of type `kubernetes.io/dockerconfigjson` in `{namespace}`.",
+        f"Put the records in the volume (claim `silotune-silo`), where `federation.yaml` names them: `{silo.train}`. A pod that copies them must "
+        "meet the restricted Pod Security Standard; delete it afterwards.",
+        "Read `federation.yaml`. It is the silo's own copy of the terms: paths may be changed, terms may not, and every change is applied "
+        "with `kubectl apply -k .`.",
+        f"Read `policy.yaml`, tighten it, and look at the result: `silotune review federation.yaml --policy policy.yaml --silo {silo.id}`. It is the "
+        "silo's own, which every Job of its insists on before it reads a record; delete what you do not want to rule.",
+        "Check that the network plug-in enforces policies; many do not: `probe.yaml` says how.",
+    ]
+    if not base.startswith(f"{MOUNT}/") and not is_remote(base):
+        todo.append(
+            f"Put the base model in the volume and name its folder in `federation.yaml`: `model.base` is `{base}`, which no Job can reach from here."
+        )
+    if "${" in federation.file.read_text(encoding="utf-8"):
+        todo.append("`federation.yaml` has `${NAME}` in it, and Jobs have no such variables: write the values.")
+    if not cidrs:
+        todo.append(
+            "Name the store's address range in `kustomization.yaml` (NetworkPolicy `jobs-to-store`): until then Jobs reach no store."
+        )
+    if silo.placement.nodes > 1:
+        todo.append(
+            f"Have a storage class that several nodes can mount at once: a training has {silo.placement.nodes}, and the claim `silotune-silo` asks for "
+            "`ReadWriteMany` (NFS, CephFS, FSx, Filestore, Azure Files; name it in `kustomization.yaml`). With any other the pods wait for ever."
+        )
+    if silo.placement.trainer == "trainjob":
+        todo.append(
+            "Kubeflow Trainer 2.0 or newer must run in this cluster. `jobsetController` in `kustomization.yaml` is the account that JobSet's "
+            "controller runs as: `kubectl get pods --all-namespaces --selector control-plane=controller-manager "
+            "--output=custom-columns=NS:.metadata.namespace,ACCOUNT:.spec.serviceAccountName` shows it. The runtime `silotune` there is what runs; "
+            "write a new folder after a change of image or placement."
+        )
+    todo.append(
+        "Behind a proxy, or with an authority of the silo's own: `silotune-store` and the ConfigMap `silotune-ca` take them (`base/settings.yaml` "
+        "says which words). Jobs reach a proxy only where `jobs-to-store` names it."
+    )
+    if own_cluster:
+        todo.append(
+            f"Hand the coordinator a kubeconfig with a token that ends: `kubectl --namespace {namespace} create token silotune-launcher "
+            "--duration=720h`. Send it encrypted, and make a new one in time."
+        )
+    by_trainer = silo.placement.trainer == "trainjob"
+    together = f"The pods of a training (at most {silo.placement.nodes}) reach each other; " if silo.placement.nodes > 1 else ""
+    runtime = (
+        " A *TrainJob* may name the runtime `silotune` of this folder, plain words, how many nodes and what each needs, and nothing else "
+        f"(policy `silotune-trainjobs-{silo.id}`); the Job that becomes of it is held to the same rules."
+    )
+    return handout("README.md").format(
+        kinds="*Jobs* and *TrainJobs*" if by_trainer else "*Jobs*",
+        runtime=runtime if by_trainer else "",
+        together=f"{together}no other way out, none in." if together else "No other way out, none in.",
+        silo=silo.id,
+        federation=federation.name,
+        namespace=namespace,
+        account=account.replace("/", ":"),
+        images="\n".join(f"- `{image}`" for image in images),
+        store=f"{', '.join(cidrs) or 'nothing yet'}; `{endpoint or 'AWS'}`",
+        root=federation.storage.root,
+        keys=keys,
+        todo="\n".join(f"- [ ] {line}" for line in todo),
+    )
