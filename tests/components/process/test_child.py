@@ -336,7 +336,7 @@ def test_preprocess_is_served_while_the_warm_parent_still_imports(step: str, tmp
 
 def test_an_interrupted_caller_leaves_nothing_behind(way: str, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    code = f"from silotune.components import child; child.call('probe', 'family', {str(pids)!r}, 'hang')"
+    code = f"from silotune.components.process import child; child.call('probe', 'family', {str(pids)!r}, 'hang')"
     caller = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     _wait_for(pids)
     caller.send_signal(signal.SIGINT)
@@ -347,7 +347,7 @@ def test_an_interrupted_caller_leaves_nothing_behind(way: str, tmp_path: Path) -
 @pytest.mark.parametrize("stuck", ["sleep", "stop", "in C"])
 def test_an_orphan_is_ended_whatever_it_does(way: str, tmp_path: Path, stuck: str) -> None:
     pids = tmp_path / "pids"
-    code = f"from silotune.components import child; child.call('probe', 'hang', {str(pids)!r}, '0', {stuck!r})"
+    code = f"from silotune.components.process import child; child.call('probe', 'hang', {str(pids)!r}, '0', {stuck!r})"
     caller = subprocess.Popen([sys.executable, "-c", code])
     _wait_for(pids)
     caller.send_signal(signal.SIGKILL)
@@ -374,7 +374,7 @@ def test_what_belongs_to_a_run_ends_with_it(step: str, tmp_path: Path) -> None:
     assert holder.stdout
     holder.stdout.readline()
     pids = tmp_path / "pids"
-    code = f"from silotune.components import child; child.coordinate('probe', 'sleep', {str(pids)!r})"
+    code = f"from silotune.components.process import child; child.coordinate('probe', 'sleep', {str(pids)!r})"
     task = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, child.RUN_VARIABLE: str(tmp_path)})
     _wait_for(pids)
     holder.kill()
