@@ -98,7 +98,8 @@ def train(
 ) -> Trained:
     """Train ``model`` in place for ``terms.steps`` steps, from its checkpoint on if there is one.
 
-    The weights of the model and the state of torch's random numbers are the caller's, and must be the same each time a training is started.
+    The weights of the model and the state of torch's random numbers are the caller's, and must be the same each time a training is started; a
+    private training seeds the latter itself.
     A checkpoint that cannot be written is warned of, once, and changes nothing.
 
     Args:
@@ -170,6 +171,8 @@ def _steps(
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     work = _Work(model, shard, stretch, terms, max_length, pad, accelerator, ranks, parameters, added)
+    if private:
+        torch.manual_seed(private.seed)
     seed, seen = torch.initial_seed(), Seen(0, 0, 0, 0.0, stretch.cursor)
     own = PrivateGradient(private, model, named, shard, terms, max_length, pad, ranks) if private else None
     sums = added.seen | ({"clip": own.clip} if own else {})

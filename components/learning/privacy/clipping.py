@@ -7,6 +7,10 @@
                 (Andrew et al. 2021, arXiv:1905.03871, Algorithm 1); every round begins with the C of the file
 
 Each makes a unit's part of the sum at most C in L2 norm. A unit whose gradient is not finite counts as zero: an error would tell of it.
+
+What is added up is rounded first, to a grid of a power of 2 (see `noise`). So every sum is exact, in whatever order, in groups of whatever size and
+on however many processes it is made, and one unit more or less moves it by that unit's own part and by nothing else. Sums that are rounded as
+they grow do not have that: one number can change the rounding of all others (Casacuberta et al. 2022, arXiv:2207.10635).
 """
 
 from __future__ import annotations
@@ -21,13 +25,14 @@ RATE = 0.2  # of adaptive clipping
 QUANTILE = 0.5
 
 
-def add_clipped(totals: Mapping[str, Any], gradients: Mapping[str, Any], clip: float, kind: Clipping) -> Any:
-    """Add units' clipped gradients to a sum, in float64; returns their norms before, (units,) float64, NaN where not finite.
+def add_clipped(totals: Mapping[str, Any], gradients: Mapping[str, Any], clip: float, kind: Clipping, grid: float) -> Any:
+    """Add units' clipped gradients to a sum, exactly; returns their norms before, (units,) float64, NaN where not finite.
 
     Args:
-        totals: name -> float64, changed in place.
+        totals: name -> float64, multiples of the grid, changed in place.
         gradients: name -> (units, *shape) float32.
-        clip: C.
+        clip: C. Rounding to the grid may lengthen a unit's part by ½ √numbers · grid beyond it (see `noise.clip_left`).
+        grid: a power of 2.
     """
     import torch
 
@@ -45,7 +50,8 @@ def add_clipped(totals: Mapping[str, Any], gradients: Mapping[str, Any], clip: f
         if not bool(finite.all()):
             wide[~finite] = 0.0
             factor = torch.where(finite, factor, torch.zeros_like(factor))
-        totals[name].add_(torch.tensordot(factor, wide, 1))
+        wide *= (factor / grid).view(-1, *(1,) * (wide.dim() - 1))
+        totals[name].add_(wide.round_().sum(0), alpha=grid)  # whole numbers below 2^53, and a power of 2
     return torch.where(finite, whole, torch.full_like(whole, math.nan))
 
 

@@ -8,8 +8,9 @@ Floating point. Numbers of a computer are no real ones: sums and noise that are 
 doi:10.1145/2382196.2382264). So noise is added on a grid, in the manner of Canonne et al. 2020 (arXiv:2004.00010): the sum is rounded to
 multiples of g, and so is the noise, where g is a power of 2 of some 2⁻²⁴ of the noise's deviation, and both are added exactly. What comes out
 is a multiple of g whatever the data, and every multiple within reach can come. For real normal numbers that would be rounding after the
-noise, hence no loss: round(x + n) = x + round(n) for x on the grid. What rounding the sum adds to its sensitivity, g/2 a number on either side,
-is taken off the clip by `clip_left`. What is left is that the noise's own numbers have 53 bits.
+noise, hence no loss: round(x + n) = x + round(n) for x on the grid. What is added up comes on the grid already (`clipping`), so that sums are exact;
+what that rounding adds to a unit's part, g/2 a number, is taken off the clip by `clip_left`. What is left is that the noise's own numbers have
+53 bits.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ def grid_of(deviation: float) -> float:
 
 
 def clip_left(clip: float, deviation: float, numbers: int) -> float:
-    """The norm to clip a unit to, so that it moves a sum of so many numbers, rounded to the grid, by ``clip`` at most.
+    """The norm to clip a unit to, so that its part of so many numbers, each rounded to the grid, has a norm of ``clip`` at most.
 
     Raises:
         ValueError: nothing is left, with more numbers than any model has.
     """
-    left = clip * (1 - 1e-12) - grid_of(deviation) * math.sqrt(numbers)
+    left = clip * (1 - 1e-12) - grid_of(deviation) * math.sqrt(numbers) / 2
     if left <= 0:
         raise ValueError(f"a clip of {clip:g} leaves nothing beside the rounding of {numbers} numbers under noise of {deviation:g}")
     return left

@@ -19,7 +19,8 @@ import numpy as np
 from silotune.components.learning.batches import collate
 from silotune.components.learning.privacy.accounting import Mechanism
 from silotune.components.learning.privacy.clipping import Clipping, add_clipped, centred_count, next_clip
-from silotune.components.learning.privacy.noise import Noise, add_noise, clip_left
+from silotune.components.learning.privacy.noise import Noise, add_noise, clip_left, grid_of
+from silotune.components.learning.privacy.own_secret import subkey
 from silotune.components.learning.privacy.sampling import Group, Units, groups, sample
 from silotune.components.learning.privacy.unit_gradients import NoStretches, Tensors, UnitGradients, stretches_of
 from silotune.components.learning.ranks import Ranks
@@ -37,6 +38,13 @@ class Private:
     clip: float
     clipping: Clipping
     key: bytes  # of the noise and the samples; never of a public seed
+
+    @property
+    def seed(self) -> int:
+        """Of dropout, 63 bits. Under a public seed everybody would know which unit's gradient has which mask, and as that follows from its place
+        among those drawn, one unit more would change all others' gradients, by as much as the clip allows. Under a secret one masks are as
+        independent of places as of each other: the sum's distribution changes by the one unit's part."""
+        return int.from_bytes(subkey(self.key, "dropout")[:8], "little") >> 1
 
     @property
     def known(self) -> list[Any]:
@@ -70,12 +78,12 @@ class PrivateGradient:
 
         mechanism, clip = self._private.mechanism, float(self.clip)
         deviation = mechanism.noise_multiplier * clip
-        limit = clip_left(clip, deviation, sum(p.numel() for p in self._named.values()))
+        grid, limit = grid_of(deviation), clip_left(clip, deviation, sum(p.numel() for p in self._named.values()))
         totals = {n: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for n, p in self._named.items()}
         count = 0.0
         with self._gradients.attached():
             for gradients in (g for group in self._mine(step) for g in self._of(group, losses, backward)):
-                norms = add_clipped(totals, gradients, limit, self._private.clipping)
+                norms = add_clipped(totals, gradients, limit, self._private.clipping, grid)
                 count += centred_count(norms, clip)
         self._ranks.sum_tensors(list(totals.values()))
         for name, parameter in self._named.items():

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silotune.components.learning.privacy.clipping import Clipping, add_clipped, centred_count, next_clip
+from silotune.components.learning.privacy.noise import clip_left, grid_of
 
 KINDS = get_args(Clipping)
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2, 2)}
+NUMBERS = 25
+FINE = 2.0**-44  # a grid
 
 
 def some(units: int, scale: float, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -48,20 +51,36 @@ def by_hand(gradients: dict[str, torch.Tensor], clip: float, kind: str) -> dict[
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_papers(kind: Clipping) -> None:
     gradients, sums = some(6, 0.3), totals()
-    norms = add_clipped(sums, gradients, 2.4, kind)
+    norms = add_clipped(sums, gradients, 2.4, kind, FINE)
     for name, wanted in by_hand(gradients, 2.4, kind).items():
-        np.testing.assert_allclose(sums[name].numpy(), wanted, rtol=1e-12)
+        np.testing.assert_allclose(sums[name].numpy(), wanted, rtol=1e-12, atol=6 * FINE)
     assert (norms < 2.4).any()
     assert (norms > 2.4).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@given(clip=st.floats(1e-3, 1e3), scale=st.floats(1e-6, 1e6), seed=st.integers(0, 9))
+@given(clip=st.floats(1e-3, 1e3), scale=st.floats(1e-6, 1e6), z=st.floats(1e-2, 1e3), seed=st.integers(0, 9))
 @settings(max_examples=30, deadline=None)
-def test_no_unit_makes_more_than_the_clip(kind: Clipping, clip: float, scale: float, seed: int) -> None:
+def test_no_unit_makes_more_than_the_clip(kind: Clipping, clip: float, scale: float, z: float, seed: int) -> None:
     sums = totals()
-    add_clipped(sums, some(1, scale, seed), clip, kind)
-    assert math.sqrt(sum(float((t**2).sum()) for t in sums.values())) <= clip * (1 + 1e-14)
+    add_clipped(sums, some(1, scale, seed), clip_left(clip, z * clip, NUMBERS), kind, grid_of(z * clip))
+    assert math.sqrt(sum(float((t**2).sum()) for t in sums.values())) <= clip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_unit_more_moves_the_sum_by_its_own_part_and_nothing_else(kind: Clipping) -> None:
+    """To the last bit, in whatever company and order: sums that round as they grow move by the others' rounding, too."""
+    grid, units, many = grid_of(0.37), 40, some(40, 1.0)
+    alone, others, whole, backwards = totals(), totals(), totals(), totals()
+    add_clipped(alone, {n: g[:1] for n, g in many.items()}, 0.5, kind, grid)
+    add_clipped(others, {n: g[1:] for n, g in many.items()}, 0.5, kind, grid)
+    add_clipped(whole, many, 0.5, kind, grid)
+    for unit in reversed(range(units)):
+        add_clipped(backwards, {n: g[unit : unit + 1] for n, g in many.items()}, 0.5, kind, grid)
+    for name in SHAPES:
+        assert torch.equal(whole[name] - others[name], alone[name])
+        assert torch.equal(whole[name], backwards[name])
+        assert torch.equal(whole[name] / grid, (whole[name] / grid).round())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,18 +88,18 @@ def test_no_unit_makes_more_than_the_clip(kind: Clipping, clip: float, scale: fl
 def test_what_is_not_finite_counts_as_nothing(kind: Clipping, bad: float) -> None:
     gradients, sums, without = some(3, 1.0), totals(), totals()
     gradients["b"][1, 2] = bad
-    norms = add_clipped(sums, gradients, 0.5, kind)
-    add_clipped(without, {n: g[[0, 2]] for n, g in gradients.items()}, 0.5, kind)
+    norms = add_clipped(sums, gradients, 0.5, kind, FINE)
+    add_clipped(without, {n: g[[0, 2]] for n, g in gradients.items()}, 0.5, kind, FINE)
     assert torch.isnan(norms).tolist() == [False, True, False]
     for name in sums:
-        np.testing.assert_allclose(sums[name].numpy(), without[name].numpy(), rtol=1e-12)
+        assert torch.equal(sums[name], without[name])
     assert centred_count(norms, 1e9) == 2 - 1.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zeros_stay_zeros(kind: Clipping) -> None:
     sums = totals()
-    add_clipped(sums, {n: torch.zeros(2, *s) for n, s in SHAPES.items()}, 0.5, kind)
+    add_clipped(sums, {n: torch.zeros(2, *s) for n, s in SHAPES.items()}, 0.5, kind, FINE)
     assert all((t == 0).all() for t in sums.values())
 
 

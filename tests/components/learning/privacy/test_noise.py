@@ -70,6 +70,6 @@ def test_what_comes_out_lies_on_the_grid_whatever_went_in(deviation: float) -> N
 
 
 def test_rounding_is_taken_off_the_clip() -> None:
-    assert clip_left(1.0, 1.5, 20_000_000) == pytest.approx(1 - 2.0**-24 * math.sqrt(2e7), abs=1e-9)
+    assert clip_left(1.0, 1.5, 20_000_000) == pytest.approx(1 - 2.0**-25 * math.sqrt(2e7), abs=1e-9)
     with pytest.raises(ValueError, match="leaves nothing"):
         clip_left(1e-6, 1e3, 10**9)

@@ -185,6 +185,22 @@ def test_a_checkpoint_of_other_terms_is_left_alone(tiny_llama: Path, some_shard:
 
 
 @pytest.mark.usefixtures("sgd")
+def test_dropout_follows_from_the_key_and_from_no_public_seed(tiny_llama: Path, some_shard: Shard) -> None:
+    """Masks go by places in a batch: who knew them could tell by all units' gradients whether one more was drawn."""
+
+    def moved(seed: int, key: bytes) -> State:
+        model = fresh(tiny_llama, dropout=0.5)
+        torch.manual_seed(seed)
+        return run(model, some_shard, private(z=1e-4, clip=0.4, q=1.0, key=key), 0.1)[0]
+
+    one, again, other = moved(5, KEY), moved(6, KEY), moved(5, bytes(32))
+    for name in one:
+        np.testing.assert_array_equal(one[name], again[name], err_msg=name)
+    apart = math.sqrt(sum(float(np.sum((one[n] - other[n]) ** 2)) for n in one))
+    assert apart > 0.1 * math.sqrt(sum(float(np.sum(one[n] ** 2)) for n in one))  # far more than such noise makes
+
+
+@pytest.mark.usefixtures("sgd")
 def test_the_proximal_term_comes_after_the_noise(tiny_llama: Path, some_shard: Shard) -> None:
     """In the second step it pulls by μ times what the first has moved, whatever the clip."""
     plain, _ = run(fresh(tiny_llama), some_shard, private(), 0.1)
