@@ -10,6 +10,7 @@ import numpy as np
 
 from silotune.components.learning.batches import batches, stream
 from silotune.components.learning.ranks import ALONE, Ranks
+from silotune.components.learning.separation import keeps_apart
 from silotune.components.learning.tokens import Shard
 from silotune.components.learning.training import target_logits
 
@@ -56,12 +57,13 @@ def evaluate(
 
     device = PartialState().device
     model.to(device).eval()
+    packing = keeps_apart(model)
     loss_sum, tokens, correct = 0.0, 0, 0
     # Examples of like length share a batch, so that little is padded.
     order = indices[np.argsort(shard.lengths(indices), kind="stable")]
     with torch.inference_mode():
         for start in range(ranks.rank * batch_size, len(order), ranks.size * batch_size):
-            for batch in batches(shard, order[start : start + batch_size], 1, max_length, pad, packing=True):
+            for batch in batches(shard, order[start : start + batch_size], 1, max_length, pad, packing):
                 logits, wanted = target_logits(model, batch.to(device))
                 losses = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
                 loss_sum += float(losses.double().sum())

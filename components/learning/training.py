@@ -28,6 +28,7 @@ from silotune.components.learning.model import trainable
 from silotune.components.learning.privacy.private_gradient import Private, PrivateGradient
 from silotune.components.learning.ranks import ALONE, Ranks
 from silotune.components.learning.schedule import rate
+from silotune.components.learning.separation import keeps_apart
 from silotune.components.learning.tokens import Shard
 from silotune.components.terms.training import Training
 
@@ -169,6 +170,8 @@ def _steps(
     added = AppliedTerm(local_term, named)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=terms.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
+    if terms.packing and not keeps_apart(model):
+        terms = terms.model_copy(update={"packing": False})
     model.train()
     work = _Work(model, shard, stretch, terms, max_length, pad, accelerator, ranks, parameters, added)
     if private:
