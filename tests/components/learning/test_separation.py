@@ -21,7 +21,14 @@ from silotune.components.learning.training import Stretch, token_losses, train
 from silotune.components.terms.training import Training
 
 PAD = 2
-SIZES = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def of_convolutions() -> Any:
