@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from silotune.components import base_model, opening, tracking
-from silotune.components.aggregate.step import fetch_global
+from silotune.components.aggregate.lost_global import fetch_global
 from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.learning.aggregation.factors import DELTA

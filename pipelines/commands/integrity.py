@@ -135,7 +135,7 @@ def _grouped(erased: dict[str, str]) -> dict[str, int]:
 def _repair(federation: Federation, rounds: Rounds, commit: Commit) -> None:
     import tempfile
 
-    from silotune.components.aggregate.step import fetch_global
+    from silotune.components.aggregate.lost_global import fetch_global
 
     federation.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=federation.work) as folder:

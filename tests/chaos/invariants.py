@@ -9,7 +9,7 @@ from pathlib import Path
 from damage import Damage
 from scenario import SILOS, STEPS
 
-from silotune.components.aggregate.step import fetch_global
+from silotune.components.aggregate.lost_global import fetch_global
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Federation
 from silotune.components.provenance import chain

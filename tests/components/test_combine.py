@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from deliveries import SILOS, Deliveries
 
+from silotune.components.aggregate import lost_global
 from silotune.components.aggregate import step as aggregate
 from silotune.components.combine import step as combine
 from silotune.components.errors import RefusedError, SilotuneError, UnreachableError
@@ -433,7 +434,7 @@ def test_a_lost_global_is_made_again_in_the_same_groups(make: Callable[..., Deli
     path = course.path(course.rounds.object_key(commit.outgoing))
     sound = path.read_bytes()
     path.unlink()
-    aggregate.fetch_global(course.rounds, commit, course.folder / "again")
+    lost_global.fetch_global(course.rounds, commit, course.folder / "again")
     assert path.read_bytes() == (course.folder / "again").read_bytes() == sound
 
 

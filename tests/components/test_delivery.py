@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from silotune.components.aggregate import lost_global
 from silotune.components.aggregate import step as aggregate
 from silotune.components.errors import QuorumError, RefusedError
 from silotune.components.federation import Federation
@@ -183,10 +184,10 @@ def test_a_lost_global_is_made_again_from_ranges(make_federation: Any, monkeypat
         return data
 
     watched = Watched(monkeypatch, read)
-    aggregate.rebuild(round_.rounds, commit, tmp_path / "work" / "global")
+    lost_global.rebuild(round_.rounds, commit, tmp_path / "work" / "global")
     assert path.read_bytes() == sound == (tmp_path / "work" / "global").read_bytes()
     assert [key for key in watched.copied if "/contributions/" in key] == [round_.key("south")]
     path.unlink()
     damaged(round_.path("south"), -1)
     with pytest.raises(RefusedError, match=r"and so is the update of south: .*damaged in the store"):
-        aggregate.rebuild(round_.rounds, commit, tmp_path / "work" / "global")
+        lost_global.rebuild(round_.rounds, commit, tmp_path / "work" / "global")

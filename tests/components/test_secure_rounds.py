@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from secure_courses import CLIP, SecureCourse, clipped, quantised_mean
 
+from silotune.components.aggregate import lost_global
 from silotune.components.aggregate import step as aggregate
 from silotune.components.errors import QuorumError, RefusedError
 from silotune.components.learning.tensor_file import open_tensor_file
@@ -177,13 +178,13 @@ def test_a_lost_global_is_made_again_from_its_masked_vectors(tmp_path: Path) -> 
     course = SecureCourse(tmp_path)
     commit = course.try_round({"mask": ["bo"]})
     course.rounds.store.delete(course.rounds.object_key(commit.outgoing))
-    aggregate.fetch_global(course.rounds, commit, tmp_path / "again")
+    lost_global.fetch_global(course.rounds, commit, tmp_path / "again")
     assert course.rounds.object_size(commit.outgoing)
     course.rounds.store.delete(course.rounds.object_key(commit.outgoing))
     part = commit.contributions["ada"]
     course.rounds.store.delete(course.rounds.object_key(part.object, "ada"))
     with pytest.raises(RefusedError, match="and so is its secure sum"):
-        aggregate.fetch_global(course.rounds, commit, tmp_path / "again")
+        lost_global.fetch_global(course.rounds, commit, tmp_path / "again")
 
 
 def test_no_bytes_of_an_update_reach_the_store(tmp_path: Path) -> None:

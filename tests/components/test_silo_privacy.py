@@ -13,8 +13,7 @@ import pytest
 import trials
 
 from silotune.components import tracking
-from silotune.components.aggregate import releases
-from silotune.components.aggregate import step as aggregate
+from silotune.components.aggregate import lost_global, releases
 from silotune.components.errors import FederationError, RefusedError, SilotuneError, UnreachableError
 from silotune.components.federation import Federation
 from silotune.components.learning.privacy import gaussian, prefix_tree
@@ -168,8 +167,8 @@ def test_a_lost_global_is_made_again_with_its_noise(file: Any, tmp_path: Path, m
     rounds, terms = trials.rounds_of(path), Federation.load(path)
     rounds.store.delete(rounds.object_key(commit.outgoing))
     with pytest.raises(RefusedError, match="its noise is made of the coordinator's secret"):
-        aggregate.fetch_global(rounds, commit, tmp_path / "again")
-    aggregate.fetch_global(rounds, commit, tmp_path / "again", terms)
+        lost_global.fetch_global(rounds, commit, tmp_path / "again")
+    lost_global.fetch_global(rounds, commit, tmp_path / "again", terms)
     assert hashlib.sha256((tmp_path / "again").read_bytes()).hexdigest() == commit.outgoing
     assert not chain.verify(rounds, deep=True).breaks
 
@@ -188,7 +187,7 @@ def test_without_the_secret_nothing_a_coordinator_publishes_gives_the_noise(file
     rounds.store.delete(rounds.object_key(commit.outgoing))
     key.unlink()
     with pytest.raises(RefusedError, match="made again it has the digest"):
-        aggregate.fetch_global(rounds, commit, tmp_path / "again", terms)
+        lost_global.fetch_global(rounds, commit, tmp_path / "again", terms)
 
 
 def test_on_a_cluster_the_secret_is_mounted_or_nothing_is_done(file: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import trials
 
+from silotune.components.aggregate import lost_global
 from silotune.components.aggregate import step as aggregate
 from silotune.components.errors import FederationError, SilotuneError
 from silotune.components.evaluate import step as evaluate
@@ -75,7 +76,7 @@ def test_a_strategy_from_start_to_export(make_federation: Any, tiny_llama: Path,
 def lost_and_made_again(rounds: Rounds, commit: Commit, folder: Path) -> None:
     rounds.store.delete(rounds.object_key(commit.outgoing))
     path = folder / "again.safetensors"
-    aggregate.fetch_global(rounds, commit, path)
+    lost_global.fetch_global(rounds, commit, path)
     assert file_digest(path) == commit.outgoing
     assert rounds.object_size(commit.outgoing) == path.stat().st_size, "and it is back in the store"
 
