@@ -83,8 +83,9 @@ def pair_mask(mine: str, other: str, private: bytes, public: bytes, context: byt
     Raises:
         ValueError: the public key is none.
     """
-    sign = sign_of(mine, other)
-    return Mask(shared_key(private, public, context, "pair mask"), -sign if remove else sign)
+    sign, (first, second) = sign_of(mine, other), sorted((mine, other))
+    # The names, for one public key has several spellings (RFC 7748, section 5): a silo that showed another's would else cancel that one's masks.
+    return Mask(shared_key(private, public, context, f"pair mask {first} {second}"), -sign if remove else sign)
 
 
 def sign_of(mine: str, other: str) -> int:
