@@ -29,6 +29,7 @@ import yaml
 from silotune.components import keys, opening
 from silotune.components.aggregate.intake import Intake
 from silotune.components.aggregate.secure import secure_sum
+from silotune.components.confirm import step as confirm
 from silotune.components.federation import Federation
 from silotune.components.learning.aggregation.combination import Round, combine, combine_sum
 from silotune.components.learning.tensor_file import open_tensor_file, to_bytes, write_tensor_file
@@ -126,7 +127,7 @@ def secure_round(folder: Path, silos: int, numbers: int, share_of_dropouts: floa
     found: dict[str, float] = {}
     alive = trial.ids
     each(lambda s: SiloPart.of(trial.federation, trial.rounds, plan, Turn.parse(turn), s, trial.home(s)).advertise(), alive)
-    for stage, step in (("share", share), ("mask", mask), ("unmask", unmask)):
+    for stage, step in (("share", share), ("mask", mask), ("confirm", confirm), ("unmask", unmask)):
         costs["muster"].append(timed(lambda st=stage: muster.work(file, turn, st))[0])
         if stage == "mask":
             alive = trial.ids[: silos - int(share_of_dropouts * silos)]

@@ -19,7 +19,7 @@ def launch(box: str, federation_file: str, silo_id: str, *arguments: str, turn: 
     """Have a silo's box worked and return its status.
 
     Args:
-        box: ``preprocess``, ``train``, ``share``, ``mask``, ``unmask`` or ``evaluate``.
+        box: ``preprocess``, ``train``, ``share``, ``mask``, ``confirm``, ``unmask`` or ``evaluate``.
         turn: the attempt to report a failure to, where a round is open.
 
     Raises:

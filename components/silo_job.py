@@ -71,7 +71,7 @@ def supervise(
     ``rounds.stall``.
 
     Args:
-        box: ``preprocess``, ``train``, ``share``, ``mask``, ``unmask`` or ``evaluate``.
+        box: ``preprocess``, ``train``, ``share``, ``mask``, ``confirm``, ``unmask`` or ``evaluate``.
         turn: the attempt to report a failure to, where a round is open.
         until: Unix time in seconds at which the time for this work is over, where some of it may have gone by in waiting for a machine. It
             shortens the deadline and never lengthens it, so that a clock that is behind gives nobody more time; once it is past, the work

@@ -93,7 +93,10 @@ def _privacy(federation: Federation) -> str:
         )
     if terms.secure_aggregation:
         need = threshold_of(terms.secure_aggregation, silos)
-        lines.append(f"single updates are seen by nobody; {need} of {silos} silos open their sum")
+        league = 2 * need - silos - 1  # see `threshold_of`
+        lines.append(
+            f"single updates are seen by nobody, unless more than {league} silos are in league with the coordinator; {need} of {silos} open their sum"
+        )
     else:
         lines.append("single updates are seen by the coordinator; privacy.secure_aggregation hides them")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """The DAG: preprocess in every silo, initialize, then rounds of {train in every silo, aggregate}, evaluate in every silo, export.
 
-With ``privacy.secure_aggregation``, train keeps its update in the silo, and share, mask and unmask bring the sum of all: before each of these
-three a muster task fixes which silos go on, by what they have put into the store.
+With ``privacy.secure_aggregation``, train keeps its update in the silo, and share, mask, confirm and unmask bring the sum of all: before each of
+these four a muster task fixes which silos go on, by what they have put into the store.
 
 Where silos are more than ``aggregation.fan_in`` and their updates can be summed in groups, each round has a combine task per group between train
 and aggregate. Everything is unrolled when it is compiled, over silos and over the rounds of one run. Tasks hand each other short texts only: statuses of
@@ -16,6 +16,7 @@ from kfp import dsl
 
 from silotune.components.aggregate.component import aggregate
 from silotune.components.combine.component import combine
+from silotune.components.confirm.component import confirm
 from silotune.components.errors import FederationError
 from silotune.components.evaluate.component import evaluate
 from silotune.components.export.component import export
@@ -32,7 +33,7 @@ from silotune.pipelines.container_plan import PARTY_VARIABLE, Images
 from silotune.pipelines.placement import place, place_coordinator
 
 MOST_TRAININGS = 200  # silos x rounds that fit into one workflow object (Argo: 1.5 MB)
-SECURE_TASKS = 4  # of a silo in a round of secure aggregation: train, share, mask, unmask
+SECURE_TASKS = 5  # of a silo in a round of secure aggregation: train, share, mask, confirm, unmask
 
 
 def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = False, images: Images | None = None) -> Any:
@@ -81,7 +82,7 @@ def federated_finetuning(federation: Federation, rounds: int, *, placed: bool = 
             for n, group in ((str(i), group) for i, group in enumerate(groups, 1))
         ]
         done = list(trained.values())
-        for stage in (share, mask, unmask) if secure else ():
+        for stage in (share, mask, confirm, unmask) if secure else ():
             going = of_coordinator(muster, stage.name, federation=federation, turn=turn, stage=stage.name, statuses=_outputs(done)).output
             done += [of_silo(stage, s, federation=federation, turn=going) for s in silos]
         aggregated = of_coordinator(aggregate, federation=federation, turn=turn, statuses=_outputs(done))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 INTERVAL = 0.25  # seconds between looks
 # After these the store has something new: a commit, or the evaluations that complete the last round.
 LOOKS = {("initialize", "ended"), ("aggregate", "ended"), ("export", "started")}
-SECURE = ("share", "mask", "unmask")  # boxes of a silo in a round of secure aggregation
+SECURE = ("share", "mask", "confirm", "unmask")  # boxes of a silo in a round of secure aggregation
 SHOWN = 8  # finished rounds, and warnings, that the live view shows
 
 

@@ -26,6 +26,7 @@ import yaml
 from silotune.components import base_model, opening
 from silotune.components.aggregate import step as aggregate
 from silotune.components.combine import step as combine
+from silotune.components.confirm import step as confirm
 from silotune.components.errors import RefusedError, SilotuneError, UnreachableError
 from silotune.components.evaluate import step as evaluate
 from silotune.components.export import step as export
@@ -194,9 +195,9 @@ class Simulation:
             raise
 
     def _sum_securely(self, turn: str, statuses: list[str]) -> list[str]:
-        """Share, mask and unmask; returns the silos' statuses."""
+        """Share, mask, confirm and unmask; returns the silos' statuses."""
         found: list[str] = []
-        for stage, step in (("share", share), ("mask", mask), ("unmask", unmask)):
+        for stage, step in (("share", share), ("mask", mask), ("confirm", confirm), ("unmask", unmask)):
             going = self._coordinate(muster, turn, stage, *statuses, *found)
             if not Turn.parse(going).done:
                 found += [self._attempt(step, silo, going) for silo in self.federation.silo_ids]

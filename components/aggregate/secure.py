@@ -131,9 +131,11 @@ def _openings(secure: SecureRound, agreement: Agreement, survivors: Survivors, d
             tell("aggregate", "warned", holder, detail="it tells other shares than it was given, and is passed over")
     needed = secure_terms.threshold(agreement)
     if len(sound) < needed:
-        silent = ", ".join(sorted(dealt.keys() - sound.keys()))
+        agreeing = secure.confirmed(survivors, dealt)
+        what, did = ("tell their shares", sound.keys()) if len(agreeing) >= needed else ("confirm the survivors", set(agreeing))
+        silent = ", ".join(sorted(dealt.keys() - did))
         raise QuorumError(
-            f"round {secure.number} stays open: {needed} silos must tell their shares, {len(sound)} did; waiting for {silent}; run again to ask "
+            f"round {secure.number} stays open: {needed} silos must {what}, {len(did)} did; waiting for {silent}; run again to ask "
             "them, nothing is trained anew",
             "secure sum not opened",
         )

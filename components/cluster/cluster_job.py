@@ -84,7 +84,7 @@ def run(
     """Have a silo's cluster do the work of one box, and return its status; a Job of the same work that is there already is followed.
 
     Args:
-        box: ``preprocess``, ``train``, ``share``, ``mask``, ``unmask`` or ``evaluate``.
+        box: ``preprocess``, ``train``, ``share``, ``mask``, ``confirm``, ``unmask`` or ``evaluate``.
         turn_text: as the box gets it; empty for preprocess.
         kubeconfig: file for the silo's cluster; default: the one that SILOTUNE_KUBECONFIG names, else the cluster this pod runs in.
         watch: seconds that one watch lasts.

@@ -132,7 +132,7 @@ def job_of(federation: Federation, silo_id: str, box: str, turn_text: str = "", 
     }
 
 
-WITHOUT_GPU = ("share", "mask", "unmask")  # the boxes of a secure sum
+WITHOUT_GPU = ("share", "mask", "confirm", "unmask")  # the boxes of a secure sum
 
 
 def share(p: Placement, box: str) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
     muster share     those with keys exchange shares
     muster mask      those who have shared are masked against
-    muster unmask    those whose masked vectors are there are summed: the survivors, fixed once for the round
+    muster confirm   those whose masked vectors are there are summed: the survivors, fixed once for the round
+    muster unmask    nothing is fixed; it goes on if a threshold of silos has confirmed the survivors
 
 A silo that comes later is left out of this attempt. With too few of them the attempt ends here, and a later one begins anew with fresh keys,
 without training; once there are survivors, all later attempts go on to open their sum.
@@ -43,7 +44,7 @@ def run(federation: str, turn: str, stage: str, statuses: list[str]) -> str:
     """As a pipeline task; nothing at all where no round is open.
 
     Args:
-        stage: ``share``, ``mask`` or ``unmask``.
+        stage: ``share``, ``mask``, ``confirm`` or ``unmask``.
         statuses: of the silos' boxes before it.
     """
     if Turn.parse(turn).done:
@@ -68,9 +69,8 @@ def work(federation_file: str, turn_text: str, stage: str, *statuses: str) -> st
     agreement = rounds.agreement(plan.agreement)
     muster = Muster(federation, SecureRound.of(rounds, turn, plan.digest), plan, agreement, first_troubles(statuses))
     if (survivors := muster.secure.survivors()) is not None:
-        needed = {"share": False, "mask": not muster.all_there(survivors), "unmask": True}[stage]
-        return turn_text if needed else Turn(done=f"round {turn.round} has its survivors").text
-    enough = {"share": muster.to_share, "mask": muster.to_mask, "unmask": muster.to_unmask}[stage]()
+        return turn_text if muster.goes_on(stage, survivors) else Turn(done=f"round {turn.round} has its survivors").text
+    enough = {"share": muster.to_share, "mask": muster.to_mask, "confirm": muster.to_confirm, "unmask": lambda: False}[stage]()
     return turn_text if enough else Turn(done=f"too few silos to {stage} in round {turn.round}").text
 
 
@@ -106,7 +106,7 @@ class Muster:
         members = {s: r.digest for s, r in found.items() if r.roster == first.digest and r.shares.keys() == first.members.keys()}
         return self._enough(members) and self._fixed("mask", members)
 
-    def to_unmask(self) -> bool:
+    def to_confirm(self) -> bool:
         """Those whose masked vectors are there, whole by their size, and whose part in the data is as the terms have it."""
         roster = self.secure.roster("mask")
         if roster is None:
@@ -123,6 +123,16 @@ class Muster:
             )
         )  # fmt: skip
         return True
+
+    def goes_on(self, stage: str, survivors: Survivors) -> bool:
+        """Whether the silos' boxes of a stage have anything to do for a round whose survivors stand."""
+        if stage == "share":
+            return False
+        if stage == "mask":
+            return not self.all_there(survivors)
+        roster = self.secure.roster("mask")
+        agreed = roster is not None and len(self.secure.confirmed(survivors, roster.members)) >= secure_terms.threshold(self.agreement)
+        return agreed == (stage == "unmask")
 
     def all_there(self, survivors: Survivors) -> bool:
         """Whether the store still has all survivors' vectors; one that was damaged is deleted, and its silo sends it again."""

@@ -53,7 +53,7 @@ PACKAGES = (
     "mlflow.store.tracking.sqlalchemy_store",
     *(
         f"silotune.components.{box}.step"
-        for box in ("initialize", "train", "share", "mask", "unmask", "muster", "combine", "aggregate", "evaluate", "export")
+        for box in ("initialize", "train", "share", "mask", "confirm", "unmask", "muster", "combine", "aggregate", "evaluate", "export")
     ),
     *(f"silotune.components.learning.{noun}" for noun in ("batches", "training", "evaluation", "update")),
 )

@@ -3,7 +3,7 @@
     secagg/00003-1.json         the attempt's secrets: fresh from the system's random numbers, never of a seed
     secagg/00003-noise          what the round's noise is drawn from: the same in all its attempts
     secagg/00003-1.masked       which vector they cover: they cover no second one
-    secagg/opened.json          every set of survivors that it has helped to open
+    secagg/opened.json          the survivors that it has confirmed in each round: it helps to open no other sum
 
 All is on the disk before anything that follows from it leaves the silo, so that a step which is killed and run again says the same. Two vectors
 under the same masks, or the sums of two sets of silos, would show by their difference what none of them shows.
@@ -42,10 +42,11 @@ class Covered(Section):
 
 
 class Opened(Section):
-    """A sum that the silo has helped to open."""
+    """A sum that the silo has agreed to help open. From then on it counts as opened."""
 
     round: int
     attempt: int
+    record: str = Field("", description="Digest of the survivors' record; none in entries of before there were confirmations.")
     start: int = Field(description="Cursor of the silo's own part.")
     cursor: int = Field(description="Cursor after it.")
     survivors: list[str]
@@ -118,18 +119,22 @@ class MaskSecrets:
                     "examples summed before",
                 )
 
-    def open(self, wanted: Opened) -> None:
-        """Before shares leave. Raises RefusedError where the silo has helped to open another set in this round."""
+    def confirm(self, wanted: Opened) -> None:
+        """Before a confirmation leaves. Raises RefusedError where the silo has confirmed other survivors in this round."""
         known = self.opened()
         for old in known:
-            if old.round == wanted.round and old.survivors != wanted.survivors:
+            if old.round == wanted.round and old.record != wanted.record:
                 raise RefusedError(
-                    f"another set of survivors was opened in round {old.round}, of {', '.join(old.survivors)}; the difference of two sums shows "
-                    "what neither does",
+                    f"other survivors were confirmed in round {old.round}, in attempt {old.attempt}: {', '.join(old.survivors)}; whoever shows "
+                    "two sets of them wants two sums, whose difference shows what neither does: keep both records as evidence",
                     "second survivor set",
                 )
-        if all(old.round != wanted.round or old.attempt != wanted.attempt for old in known):
+        if all(old.round != wanted.round for old in known):
             self._keep(self._folder / "opened.json", canonical_json([o.model_dump() for o in (*known, wanted)]))
+
+    def has_confirmed(self, number: int, record: str) -> bool:
+        """Whether the round's survivors with this digest are the ones that the silo has confirmed."""
+        return any((old.round, old.record) == (number, record) for old in self.opened())
 
     def forget(self, before: int) -> None:
         """Delete the secrets of rounds that are over: nobody needs them, and whoever broke in could read what was masked with them."""

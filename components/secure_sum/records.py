@@ -6,7 +6,8 @@
     rounds/00003/secagg/<a>/rosters/mask.json     the coordinator: who has shared, and is masked against
     rounds/00003/secagg/<a>/masked/<silo>.json    names the silo's masked vector, an object like an update file
     rounds/00003/secagg/survivors.json            the coordinator: whose vectors are summed; one for the round, whatever the attempt
-    rounds/00003/secagg/<a>/openings/<silo>.json  the shares that open that sum
+    rounds/00003/secagg/<a>/confirmations/<silo>.json  that these are the survivors it was shown: it confirms no others in the round
+    rounds/00003/secagg/<a>/openings/<silo>.json  the shares that open that sum, told once a threshold of silos has confirmed it
 
 An attempt ``a`` has the number of the round's attempt that began it. A roster names its members' records by digest, so that all silos work from
 the same bytes, or not at all. Of `Survivors` there is one in a round: from then on its attempt is the one that all go on with.
@@ -30,7 +31,6 @@ from silotune.components.store.object_store import ObjectMissing
 from silotune.components.terms.section import Section
 
 HEX_32 = "^[0-9a-f]{64}$"
-HEX_SHARE = "^[0-9a-f]{132}$"
 Stage = Literal["share", "mask"]
 
 
@@ -73,6 +73,12 @@ class MaskedVector(OfAttempt):
     cursor: int = Field(ge=1, description="Examples consumed after this round.")
 
 
+class Confirmation(OfAttempt):
+    """A silo's word that it was shown these survivors, and will help to open no other sum of the round."""
+
+    survivors: str
+
+
 class Opening(OfAttempt):
     """What one holder tells of shares: of the survivors' seeds, and of the others' keys; never both of one silo."""
 
@@ -105,7 +111,7 @@ class Survivors(Record):
 
 
 A = TypeVar("A", bound=OfAttempt)
-FOLDERS: dict[type[OfAttempt], str] = {MaskKeys: "keys", SealedShares: "shares", MaskedVector: "masked", Opening: "openings"}
+FOLDERS: dict[type[OfAttempt], str] = {MaskKeys: "keys", SealedShares: "shares", MaskedVector: "masked", Confirmation: "confirmations", Opening: "openings"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,11 @@ class SecureRound:
 
     def write_survivors(self, survivors: Survivors) -> Survivors:
         return self.rounds.create(survivors, self.key("survivors.json"))
+
+    def confirmed(self, survivors: Survivors, holders: Iterable[str]) -> list[str]:
+        """Those of the holders of shares who were shown the same survivors."""
+        found, _ = self.believed(Confirmation, holders)
+        return [silo for silo, record in found.items() if record.survivors == survivors.digest]
 
 
 def mark(secret: bytes) -> str:

@@ -3,6 +3,11 @@
 The protocol is that of Bonawitz et al. 2017 (doi:10.1145/3133956.3133982), its server being the records in the store (`secure_sum.records`). A silo
 believes nobody: it verifies signatures, works from the records that a roster names by digest, and refuses rosters that are too small, that are no
 part of the one before, that leave it out, or in which two silos show the same key. Where it refuses, it is as if it had dropped out.
+
+Whether all are shown the same is for the silos to find out (their section 6 and figure 4, ConsistencyCheck): each signs the survivors that it was shown,
+one record in a round, and tells its shares only when a threshold t of silos has signed the very same record. Of n silos, c of them in league with the
+coordinator, no two records can get t signatures where 2t > n + c. The record names the roster and the vectors, and a silo signs it only if all
+these vectors were masked against that roster; else some of them could have been masked against fewer, and come out of it by themselves.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from silotune.components.rounds import Rounds
 from silotune.components.secure_sum import terms as secure_terms
 from silotune.components.secure_sum.mask_secrets import Covered, MaskSecrets, Opened, Secrets
 from silotune.components.secure_sum.records import (
+    Confirmation,
     MaskedVector,
     MaskKeys,
     Opening,
@@ -43,7 +49,7 @@ VECTOR = "masked.bin"  # in the silo's folder, until it is sent
 
 
 def work(box: str, federation_file: str, silo_id: str, turn_text: str) -> str:
-    """What the boxes ``share``, ``mask`` and ``unmask`` do; returns the status."""
+    """What the boxes ``share``, ``mask``, ``confirm`` and ``unmask`` do; returns the status."""
     federation = Federation.load(federation_file)
     turn = Turn.parse(turn_text)
     if turn.done:
@@ -56,7 +62,7 @@ def work(box: str, federation_file: str, silo_id: str, turn_text: str) -> str:
         if plan is None or silo_id not in plan.participants:
             raise RefusedError(f"silo {silo_id!r}: round {turn.round} does not ask it; wait for a plan that does", "not a participant")
         part = SiloPart.of(federation, rounds, plan, turn, silo_id, home)
-        done = {"share": part.share, "mask": part.mask, "unmask": part.unmask}[box]()
+        done = {"share": part.share, "mask": part.mask, "confirm": part.confirm, "unmask": part.unmask}[box]()
     return status_text(silo_id, "ok", "" if done else "nothing to do")
 
 
@@ -160,25 +166,36 @@ class SiloPart:
         self.secure.write(MaskedVector(**self._head(), roster=roster.digest, object=digest, bytes=size, cursor=header.cursor))
         return True
 
-    def unmask(self) -> bool:
-        """Tell what opens the sum of the survivors: shares of their seeds, and of the keys of those who have dropped out."""
+    def confirm(self) -> bool:
+        """Sign the survivors that this silo is shown: the only ones in the round that it will ever help to open the sum of."""
         survivors, roster = self.secure.survivors(), self.secure.roster("mask")
         if survivors is None or roster is None or self.silo not in roster.members:
             return False
-        first = self._first(roster)
+        self._first(roster)
         self._check(survivors, roster)
-        if self.secure.read(Opening, self.silo):
-            return False
-        shares = self._shares(first, roster, self._peers(first))
+        self._own()  # whose memory of what it has confirmed is gone, is without its secrets, too: they lie side by side
         header = self.kept()
         participant = self.plan.participants[self.silo]
-        self.secrets.open(
+        self.secrets.confirm(
             Opened(
-                round=self.secure.number, attempt=self.secure.attempt, start=participant.cursor, survivors=sorted(survivors.members),
+                round=self.secure.number, attempt=self.secure.attempt, record=survivors.digest, start=participant.cursor,
+                survivors=sorted(survivors.members), summed=self.silo in survivors.members, rho=self._cost(),
                 cursor=header.cursor if header else participant.cursor + secure_terms.examples(self.agreement, self.silo),
-                summed=self.silo in survivors.members, rho=self._cost(),
             )
         )  # fmt: skip
+        if self.secure.read(Confirmation, self.silo):
+            return False
+        self.secure.write(Confirmation(**self._head(), survivors=survivors.digest))
+        return True
+
+    def unmask(self) -> bool:
+        """Tell what opens the sum of the survivors: shares of their seeds, and of the keys of those who have dropped out."""
+        survivors, roster = self.secure.survivors(), self.secure.roster("mask")
+        if survivors is None or roster is None or self.silo not in roster.members or self.secure.read(Opening, self.silo):
+            return False
+        first = self._first(roster)
+        self._agreed(survivors, roster)
+        shares = self._shares(first, roster, self._peers(first))
         seeds = {silo: seed.hex() for silo, (seed, _) in shares.items() if silo in survivors.members}
         keys = {silo: key.hex() for silo, (_, key) in shares.items() if silo not in survivors.members}
         self.secure.write(Opening(**self._head(), survivors=survivors.digest, seeds=seeds, keys=keys))
@@ -266,11 +283,21 @@ class SiloPart:
             raise self._refused("the survivors are not of the second roster", "survivors grew")
         if len(survivors.members) < self.few:
             raise self._refused(f"{len(survivors.members)} silos survive, a sum needs {self.few}", "too few survivors")
-        if (
-            self.silo in survivors.members
-            and self.secure.named(MaskedVector, self.silo, survivors.members[self.silo]).roster != roster.digest
-        ):
-            raise self._refused("its vector was masked against another roster", "another roster")
+        for silo, digest in sorted(survivors.members.items()):
+            if self.secure.named(MaskedVector, silo, digest).roster != roster.digest:
+                rule = f"the vector of {silo} was masked against another roster than the one shown; the coordinator tells silos different things"
+                raise self._refused(rule, "another roster")
+
+    def _agreed(self, survivors: Survivors, roster: Roster) -> None:
+        """Raises RefusedError unless this silo, and a threshold of all, have confirmed these survivors."""
+        if survivors.roster != roster.digest:
+            raise self._refused("the survivors are not of the second roster", "survivors grew")
+        if not self.secrets.has_confirmed(self.secure.number, survivors.digest):
+            raise self._refused("these are not the survivors that it has confirmed", "not confirmed")
+        needed, agreeing = secure_terms.threshold(self.agreement), self.secure.confirmed(survivors, roster.members)
+        if len(agreeing) < needed:
+            rule = f"{len(agreeing)} silos have confirmed these survivors, {needed} must, so that no others can be confirmed; run again to ask the rest"
+            raise self._refused(rule, "too few confirmations")
 
     # Keys
 

@@ -43,13 +43,13 @@ def silo_policy(federation: Federation, silo_id: str, *, tls_only: bool = False,
     silo = federation.silo(silo_id).id
     files = [f"contributions/{silo}/*"]
     secure = federation.privacy.secure_aggregation is not None
-    sums, masks = f"{ROUND}/secagg", ("keys", "shares", "masked", "openings")
+    sums, told = f"{ROUND}/secagg", ("keys", "shares", "masked", "confirmations")  # to all; openings to the coordinator
     own = [
         f"{ROUND}/updates/{silo}.json",
         f"{ROUND}/updates/{silo}.*.json",
         f"{ROUND}/reports/*/{silo}.json",
         f"evaluations/{DIGEST}/{silo}/*",
-        *([f"{sums}/*/{folder}/{silo}.json" for folder in masks] if secure else []),
+        *([f"{sums}/*/{folder}/{silo}.json" for folder in (*told, "openings")] if secure else []),
         *files,
     ]
     given = [
@@ -60,7 +60,7 @@ def silo_policy(federation: Federation, silo_id: str, *, tls_only: bool = False,
         f"{ROUND}/attempts/*",
         f"{ROUND}/refusals/{silo}.json",
         f"{ROUND}/refusals/{silo}.*.json",
-        *([f"{sums}/survivors.json", *(f"{sums}/*/{folder}/*" for folder in ("rosters", "keys", "shares"))] if secure else []),
+        *([f"{sums}/survivors.json", *(f"{sums}/*/{folder}/*" for folder in ("rosters", *told))] if secure else []),
     ]
     place = _Place(federation)
     return _policy(

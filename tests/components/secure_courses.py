@@ -10,6 +10,7 @@ import numpy as np
 from deliveries import BATCH, SHAPES, STEPS, Deliveries
 
 from silotune.components.aggregate import step as aggregate
+from silotune.components.confirm import step as confirm
 from silotune.components.errors import SilotuneError
 from silotune.components.federation import Federation
 from silotune.components.learning.update import Codec, Header, write_update
@@ -24,7 +25,7 @@ from silotune.components.silo_job import silo_home, status_text
 from silotune.components.unmask import step as unmask
 
 CLIP = 2.0
-BOXES = {"share": share, "mask": mask, "unmask": unmask}
+BOXES = {"share": share, "mask": mask, "confirm": confirm, "unmask": unmask}
 TERMS: dict[str, Any] = {
     "aggregation": {"clip": {"norm": CLIP}, "weights": "uniform"},
     "privacy": {"secure_aggregation": {}},
@@ -89,7 +90,7 @@ class SecureCourse(Deliveries):
     def try_round(self, dead: dict[str, Collection[str]] | None = None, scale: float = 1.0) -> Commit:
         """One attempt; ``dead`` says who dies before a stage, and stays so to its end. Raises where the round is not committed."""
         dead, gone, statuses = dead or {}, set(), []
-        for name in ("train", "share", "mask", "unmask"):
+        for name in ("train", "share", "mask", "confirm", "unmask"):
             gone |= set(dead.get(name, ()))
             statuses += [f"{silo} failed: killed by signal 9" for silo in sorted(gone)]
             if name == "train":

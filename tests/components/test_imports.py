@@ -18,7 +18,8 @@ def imported(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "box", ["preprocess", "initialize", "train", "share", "mask", "unmask", "muster", "combine", "aggregate", "evaluate", "export"]
+    "box",
+    ["preprocess", "initialize", "train", "share", "mask", "confirm", "unmask", "muster", "combine", "aggregate", "evaluate", "export"],
 )
 def test_a_box_that_has_nothing_to_do_costs_no_import(box: str) -> None:
     assert imported(f"import silotune.components.{box}.step, silotune.components.{box}.component") == set()

@@ -20,7 +20,7 @@ from silotune.components.learning.privacy.agreed_keys import public_key
 from silotune.components.learning.update import read_header, write_update
 from silotune.components.protocol import Record
 from silotune.components.secure_sum import mask_secrets
-from silotune.components.secure_sum.records import MaskedVector, MaskKeys, Opening, Roster, SealedShares, Survivors, mark
+from silotune.components.secure_sum.records import Confirmation, MaskedVector, MaskKeys, Opening, Roster, SealedShares, Survivors, mark
 from silotune.components.secure_sum.silo import UPDATE
 
 SILOS = ("ada", "bo", "cy", "di")
@@ -33,7 +33,7 @@ def reach(course: SecureCourse, stage: str) -> SecureCourse:
 
     for silo in SILOS:
         course.train(silo)
-    for name in ("share", "mask", "unmask"):
+    for name in ("share", "mask", "confirm", "unmask"):
         turn = muster.work(str(course.file), course.turn, name)
         assert turn == course.turn
         if name == stage:
@@ -187,43 +187,65 @@ def test_two_updates_under_the_same_masks(tmp_path: Path) -> None:
     ],
 )
 def test_forged_survivors(tmp_path: Path, change: Any, rule: str) -> None:
-    course = reach(SecureCourse(tmp_path), "unmask")
+    course = reach(SecureCourse(tmp_path), "confirm")
     standing = course.secure.survivors()
     assert standing is not None
     secure = course.secure
     forge(course, secure.key("survivors.json"), standing, **change(standing))
-    assert course.box("unmask", "ada") == f"ada refused: {rule}"
-    assert course.rounds.store.size(secure.place(Opening, "ada")) is None
+    assert course.box("confirm", "ada") == f"ada refused: {rule}"
+    assert course.rounds.store.size(secure.place(Confirmation, "ada")) is None
 
 
 def test_a_second_set_of_survivors(tmp_path: Path) -> None:
-    """The store shows another set after a silo has answered: in the same attempt, and in a later one."""
-    course = reach(SecureCourse(tmp_path), "unmask")
-    standing = course.secure.survivors()
+    """The store shows another set after a silo has signed one: in the same attempt, and in a later one."""
+    course = reach(SecureCourse(tmp_path), "confirm")
+    key, standing = course.secure.key("survivors.json"), course.secure.survivors()
     assert standing is not None
-    assert course.box("unmask", "ada") == "ada ok"
-    fewer = {s: d for s, d in standing.members.items() if s != "di"}
-    forge(course, course.secure.key("survivors.json"), standing, members=fewer)
-    course.rounds.store.delete(course.secure.place(Opening, "ada"))
-    assert course.box("unmask", "ada") == "ada refused: second survivor set"
+    assert [course.box("confirm", s) for s in SILOS] == [f"{s} ok" for s in SILOS]
+    forge(course, key, standing, members={s: d for s, d in standing.members.items() if s != "di"})
+    assert course.box("unmask", "ada") == "ada refused: not confirmed"
+    course.rounds.store.delete(course.secure.place(Confirmation, "ada"))
+    assert course.box("confirm", "ada") == "ada refused: second survivor set"
 
-    course.rounds.store.delete(course.secure.key("survivors.json"))
+    course.rounds.store.delete(key)
     course.open()
     course.stage("share", statuses=[course.train(s) for s in SILOS])
     course.stage("mask")
-    course.stage("unmask", without=SILOS)
+    course.stage("confirm", without=SILOS)
     again = course.secure.survivors()
     assert again is not None
-    assert again.attempt == 2
-    assert course.box("unmask", "ada") == "ada ok", "the very same set is no second one, whatever the attempt"
-    course.rounds.store.delete(course.secure.place(Opening, "ada"))
-    forge(course, course.secure.key("survivors.json"), again, members={s: d for s, d in again.members.items() if s != "bo"})
-    assert course.box("unmask", "ada") == "ada refused: second survivor set"
+    assert (again.attempt, set(again.members)) == (2, set(SILOS))
+    assert course.box("confirm", "ada") == "ada refused: second survivor set", "the same silos, and yet other vectors"
+    assert course.box("unmask", "ada") == "ada refused: not confirmed"
+
+
+def test_shares_are_told_only_where_a_threshold_has_confirmed(tmp_path: Path) -> None:
+    """Signatures count only if they are of holders of shares, under the very same record, and in their own place."""
+    course = reach(SecureCourse(tmp_path), "confirm")
+    assert course.stage("unmask") == [], "nobody has confirmed"
+    assert course.box("confirm", "ada") == "ada ok"
+    assert course.box("confirm", "bo") == "bo ok"
+    assert course.box("unmask", "ada") == "ada refused: too few confirmations"
+    mine, theirs = course.secure.read(Confirmation, "ada"), course.secure.place(Confirmation, "cy")
+    assert mine is not None
+    course.rounds.store.create(theirs, course.rounds.store.get(course.secure.place(Confirmation, "ada")))
+    assert course.box("unmask", "ada") == "ada refused: too few confirmations", "bo's own word under cy's name"
+    forge(course, theirs, mine, silo="cy", survivors=HONEST)
+    assert course.box("unmask", "ada") == "ada refused: too few confirmations", "a word for another set"
+    forge(course, theirs, mine, silo="cy", attempt=2)
+    assert course.box("unmask", "ada") == "ada refused: too few confirmations", "a word in another attempt"
+    assert course.secure.believed(Opening, SILOS) == ({}, {})
+    course.rounds.store.delete(theirs)
+    with pytest.raises(QuorumError, match="3 silos must confirm the survivors, 2 did; waiting for cy, di"):
+        aggregate.work(str(course.file), course.turn)
+    assert course.box("confirm", "cy") == "cy ok"
+    assert course.stage("unmask") == [f"{s} ok" for s in SILOS[:3]] + ["di refused: not confirmed"]
 
 
 def test_never_both_secrets_of_one_silo(tmp_path: Path) -> None:
     course = reach(SecureCourse(tmp_path), "mask")
     course.stage("mask", without=["di"])
+    course.stage("confirm")
     course.stage("unmask")
     for silo in SILOS:
         told = course.secure.read(Opening, silo)
@@ -254,7 +276,7 @@ def test_a_silo_that_lost_its_folder_counts_as_dropped(tmp_path: Path) -> None:
     shutil.rmtree(course.home("bo") / "secagg")
     statuses = course.stage("mask")
     assert statuses == ["ada ok", "bo refused: mask secrets gone", "cy ok", "di ok"]
-    statuses += course.stage("unmask")
+    statuses += [*course.stage("confirm"), *course.stage("unmask")]
     aggregate.work(str(course.file), course.turn, *statuses)
     commit = course.rounds.commit(1)
     assert set(commit.contributions) == {"ada", "cy", "di"}
@@ -271,7 +293,7 @@ def test_a_policy_that_wants_more_silos_in_a_sum_than_the_terms(tmp_path: Path) 
     course = reach(SecureCourse(tmp_path), "mask")
     course.stage("mask", without=["di"])
     (Path(course.federation.silo("ada").storage) / "policy.yaml").write_text("dataset: ward\nmin_participants: 4\n")
-    assert course.stage("unmask") == ["ada refused: too few survivors", "bo ok", "cy ok", "di ok"]
+    assert course.stage("confirm") == ["ada refused: too few survivors", "bo ok", "cy ok", "di ok"]
 
 
 # Silos that play false
@@ -311,19 +333,19 @@ def test_a_silo_that_dealt_shares_of_no_secret_is_named(tmp_path: Path, monkeypa
     monkeypatch.setattr(shamir, "split", crooked)
     assert course.box("share", "cy") == "cy ok"
     monkeypatch.undo()
-    statuses = [*course.stage("share"), *course.stage("mask"), *course.stage("unmask")]
+    statuses = [*course.stage("share"), *course.stage("mask"), *course.stage("confirm"), *course.stage("unmask")]
     assert all(s.endswith("ok") or s.endswith("nothing to do") for s in statuses)
     with pytest.raises(RefusedError, match="silo 'cy': it has dealt shares that are not of one secret"):
         aggregate.work(str(course.file), course.turn, *statuses)
 
 
 def test_a_vector_whose_cursor_is_not_of_the_terms_is_left_out(tmp_path: Path) -> None:
-    course = reach(SecureCourse(tmp_path), "unmask")
+    course = reach(SecureCourse(tmp_path), "confirm")
     course.rounds.store.delete(course.secure.key("survivors.json"))
     sent = course.secure.read(MaskedVector, "bo")
     assert sent is not None
     forge(course, course.secure.place(MaskedVector, "bo"), sent, cursor=10**6)
-    course.stage("unmask")
+    course.stage("confirm", without=SILOS)
     survivors = course.secure.survivors()
     assert survivors is not None
     assert set(survivors.members) == {"ada", "cy", "di"}
@@ -339,6 +361,7 @@ def test_what_a_coordinator_can_make_of_all_it_ever_sees_is_the_sum_alone(tmp_pa
     late = course.secure.read(MaskedVector, "di")
     assert late is not None
     course.rounds.store.delete(course.secure.place(MaskedVector, "di"))
+    course.stage("confirm")
     course.stage("unmask")  # di is dropped, and its key told
     secure = course.secure
     told = {s: secure.read(Opening, s) for s in SILOS}

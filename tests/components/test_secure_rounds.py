@@ -66,14 +66,16 @@ def test_weights_follow_the_terms_and_not_the_data(tmp_path: Path) -> None:
     assert {s: c.weight for s, c in commit.contributions.items()} == pytest.approx({s: n / 10 for n, s in enumerate(SILOS, 1)})
 
 
-@pytest.mark.parametrize(("stage", "silo"), [("train", "ada"), ("share", "di"), ("mask", "ada"), ("mask", "di"), ("unmask", "bo")])
+@pytest.mark.parametrize(
+    ("stage", "silo"), [("train", "ada"), ("share", "di"), ("mask", "ada"), ("mask", "di"), ("confirm", "cy"), ("unmask", "bo")]
+)
 def test_one_silo_dies_at_any_stage(tmp_path: Path, stage: str, silo: str) -> None:
     course = SecureCourse(tmp_path)
     updates = {s: course.tensors(s) for s in SILOS}
     commit = course.try_round({stage: [silo]})
-    summed = set(SILOS) if stage == "unmask" else set(SILOS) - {silo}
+    summed = set(SILOS) if stage in ("confirm", "unmask") else set(SILOS) - {silo}
     assert set(commit.contributions) == summed
-    assert commit.missing == ({} if stage == "unmask" else {silo: "failed: killed by signal 9"})
+    assert commit.missing == ({} if silo in summed else {silo: "failed: killed by signal 9"})
     assert_mean_of(course, commit, {s: updates[s] for s in summed})
     assert set(course.try_round().contributions) == set(SILOS), "and it is back in the next round"
 
@@ -156,7 +158,7 @@ def test_terms_that_change_after_a_sum_was_opened_leave_its_data_behind(tmp_path
 def test_a_vector_that_the_store_damaged_is_sent_again_with_the_same_bytes(tmp_path: Path) -> None:
     course = SecureCourse(tmp_path)
     statuses = [course.train(s) for s in SILOS]
-    for stage in ("share", "mask", "unmask"):
+    for stage in ("share", "mask", "confirm", "unmask"):
         statuses += course.stage(stage)
     survivors = course.secure.survivors()
     assert survivors is not None
@@ -217,7 +219,7 @@ def test_secrets_of_a_round_are_gone_in_the_next(tmp_path: Path) -> None:
     assert (course.home("ada") / "secagg" / "00002-1.json").stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("pattern", list(itertools.combinations_with_replacement(["share", "mask", "unmask"], 3)))
+@pytest.mark.parametrize("pattern", list(itertools.combinations_with_replacement(["share", "mask", "confirm", "unmask"], 3)))
 def test_three_deaths_among_five_recover_or_fail_closed(tmp_path: Path, pattern: tuple[str, ...]) -> None:
     course = SecureCourse(tmp_path, (*SILOS, "ed"), privacy={"secure_aggregation": {"threshold": 3}})
     updates = {s: course.tensors(s) for s in course.federation.silo_ids}

@@ -31,7 +31,7 @@ BESIDES = {  # what a box does for Kubeflow once its step is done
         "return location",
     ],
 }
-BOXES = ("preprocess", "initialize", "train", "share", "mask", "unmask", "muster", "combine", "aggregate", "evaluate", "export")
+BOXES = ("preprocess", "initialize", "train", "share", "mask", "confirm", "unmask", "muster", "combine", "aggregate", "evaluate", "export")
 
 
 def compiled(federation: Federation, rounds: int, folder: Path) -> dict[str, Any]:
@@ -89,29 +89,30 @@ SECURE = {"privacy": {"secure_aggregation": {}}, "aggregation": {"clip": {"norm"
 
 
 def test_a_secure_round_musters_before_each_stage(make_federation: Any, tmp_path: Path) -> None:
-    """train -> muster -> share -> muster -> mask -> muster -> unmask -> aggregate: no box of a stage begins before those of the last have ended."""
+    """train, then a muster each before share, mask, confirm and unmask, then aggregate: no box of a stage begins before those of the last have ended."""
     silos = ("ada", "bo", "cy")
     tasks = a_round(compiled(Federation.load(make_federation(silos=silos, **SECURE)), 2, tmp_path))
-    of = {box: [f"{box} {s}" for s in silos] for box in ("train", "share", "mask", "unmask")}
+    of = {box: [f"{box} {s}" for s in silos] for box in ("train", "share", "mask", "confirm", "unmask")}
     name_of = {t["key"]: name for name, t in tasks.items()}
     waits = {name: sorted(name_of[key] for key in t.get("dependentTasks", [])) for name, t in tasks.items()}
-    told = {"share": of["train"], "mask": of["train"] + of["share"], "unmask": of["train"] + of["share"] + of["mask"]}
+    stages = ("share", "mask", "confirm", "unmask")
+    told = {stage: [name for box in ("train", *stages[:n]) for name in of[box]] for n, stage in enumerate(stages)}
     assert waits == {
         **{key: [] for key in of["train"]},
         **{f"muster {stage}": sorted(before) for stage, before in told.items()},
         **{name: [f"muster {stage}"] for stage in told for name in of[stage]},
         "aggregate": sorted(name for names in of.values() for name in names),
     }
-    stages = {n: t["inputs"]["parameters"]["stage"]["runtimeValue"]["constant"] for n, t in tasks.items() if n.startswith("muster")}
-    assert stages == {f"muster {stage}": stage for stage in told}
+    fixed = {n: t["inputs"]["parameters"]["stage"]["runtimeValue"]["constant"] for n, t in tasks.items() if n.startswith("muster")}
+    assert fixed == {f"muster {stage}": stage for stage in told}
     assert all(not t["cachingOptions"].get("enableCache") for t in tasks.values())
 
 
 def test_the_tasks_of_secure_rounds_count_towards_what_a_run_holds(make_federation: Any) -> None:
     federation = Federation.load(make_federation(silos=FIVE, **SECURE))
-    federated_finetuning(federation, 10)
-    with pytest.raises(FederationError, match=r"5 silos × 11 rounds are 220 silos' tasks .* set per_run to at most 10"):
-        federated_finetuning(federation, 11)
+    federated_finetuning(federation, 8)
+    with pytest.raises(FederationError, match=r"5 silos × 9 rounds are 225 silos' tasks .* set per_run to at most 8"):
+        federated_finetuning(federation, 9)
 
 
 @pytest.mark.parametrize("aggregation", [{}, {"fan_in": 5}, {"strategy": "product"}, {"robust": {"rule": "krum"}}, {"clip": {"norm": 1.0}}])

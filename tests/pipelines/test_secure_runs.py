@@ -109,8 +109,8 @@ def test_a_run_of_the_pipeline_gives_the_globals_of_a_simulation(make_federation
     assert run.result()["exit_code"] == 0, (run.result(), run.log.read_text()[-3000:])
     events = read_events(run.folder, 0)[0]
     boxes = [e["box"] for e in events if e["what"] == "ended"]
-    assert {box: boxes.count(box) for box in ("train", "muster", "share", "mask", "unmask", "aggregate")} == {
-        "train": 6, "muster": 6, "share": 6, "mask": 6, "unmask": 6, "aggregate": 2
+    assert {box: boxes.count(box) for box in ("train", "muster", "share", "mask", "confirm", "unmask", "aggregate")} == {
+        "train": 6, "muster": 8, "share": 6, "mask": 6, "confirm": 6, "unmask": 6, "aggregate": 2
     }  # fmt: skip
     other = make_federation(tmp_path / "simulated", **terms)
     list(Simulation(other).run())

@@ -140,9 +140,9 @@ def test_with_secure_aggregation_a_silo_reads_what_is_sealed_and_nothing_that_op
     (tmp_path / "f.yaml").write_text(terms)
     secure = Federation.load(tmp_path / "f.yaml")
     sums = "rounds/00003/secagg"
-    told = {s: {f"{sums}/1/{folder}/{s}.json" for folder in ("keys", "shares", "masked", "openings")} for s in SILOS}
+    told = {s: {f"{sums}/1/{folder}/{s}.json" for folder in ("keys", "shares", "masked", "confirmations", "openings")} for s in SILOS}
     given = {f"{sums}/survivors.json", f"{sums}/1/rosters/share.json", f"{sums}/1/rosters/mask.json"}
-    public = {key for s in SILOS for key in told[s] if "/keys/" in key or "/shares/" in key}
+    public = {key for s in SILOS for key in told[s] if "/openings/" not in key}
     every = given | set().union(*told.values())
 
     def may(policy: dict[str, Any], action: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 from silotune.components.learning.blob import FileBlob
 from silotune.components.learning.privacy import masked_vector, masking
+from silotune.components.learning.privacy.agreed_keys import public_key
 from silotune.components.learning.privacy.fixed_point import FixedPoint, clipping_factor
 from silotune.components.learning.privacy.masked_vector import Vector, VectorDamaged, numbers, write_sum, write_vector
-from silotune.components.learning.privacy.masking import Mask, masked, sign_of
+from silotune.components.learning.privacy.masking import Mask, masked, pair_mask, sign_of
 from silotune.components.learning.tensor_file import open_tensor_file, to_bytes, write_tensor_file
 
 SHAPES = {"a": (3, 5), "b": (0, 2), "c": (7,)}
@@ -177,3 +179,11 @@ def test_keys_of_another_length_are_no_masks() -> None:
         Mask(b"short", 1)
     with pytest.raises(ValueError, match="shares no mask with itself"):
         sign_of("a", "a")
+
+
+def test_a_silo_that_shows_anothers_key_in_another_spelling_cancels_no_mask() -> None:
+    """X25519 ignores a key's highest bit (RFC 7748, section 5). Without the names in them, both masks would be the same numbers with opposite signs."""
+    bo, ada = os.urandom(32), bytearray(public_key(os.urandom(32)))
+    copied = bytes([*ada[:31], ada[31] ^ 0x80])
+    both = [pair_mask("bo", "ada", bo, bytes(ada), b"here"), pair_mask("bo", "di", bo, copied, b"here")]
+    assert apply(np.zeros(11, "<u4"), both).any()
