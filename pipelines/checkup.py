@@ -13,7 +13,7 @@ from silotune.components.federation import Agreement, Federation, Silo
 from silotune.components.federation_file import is_remote
 from silotune.components.protocol import Commit
 from silotune.components.rounds import Rounds
-from silotune.components.terms.privacy import sums_securely, threshold_of
+from silotune.components.terms.privacy import most_in_league, sums_securely, threshold_of
 from silotune.components.terms.strategies import RULES, STRATEGIES
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ def _privacy(federation: Federation) -> str:
             f"epsilon {terms.silo.epsilon:g} at delta {terms.silo.delta:g} for a silo's part, over {terms.rounds} rounds, by {terms.silo.mechanism} noise"
         )
     if terms.secure_aggregation:
-        need = threshold_of(terms.secure_aggregation, silos)
-        league = 2 * need - silos - 1  # see `threshold_of`
+        need, league = threshold_of(terms.secure_aggregation, silos), most_in_league(terms.secure_aggregation, silos)
         lines.append(
             f"single updates are seen by nobody, unless more than {league} silos are in league with the coordinator; {need} of {silos} open their sum"
         )

@@ -79,8 +79,13 @@ class Privacy(Section):
 
 
 def threshold_of(terms: SecureAggregation, silos: int) -> int:
-    """Silos that must answer. With 2t > n + c no c silos that collude with the coordinator can open two sums of one update."""
+    """Silos t of n that must sign the same set of survivors, and whose shares open its sum."""
     return terms.threshold if terms.threshold is not None else 2 * silos // 3 + 1
+
+
+def most_in_league(terms: SecureAggregation, silos: int) -> int:
+    """Silos c that may be in league with the coordinator: no two sets get t signatures each where 2t > n + c (Bonawitz et al. 2017, section 6)."""
+    return 2 * threshold_of(terms, silos) - silos - 1
 
 
 def sums_securely(strategy: Strategy) -> bool:

@@ -11,7 +11,7 @@ import yaml
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation
 from silotune.components.terms import privacy as privacy_terms
-from silotune.components.terms.privacy import SecureAggregation, sums_securely, threshold_of
+from silotune.components.terms.privacy import SecureAggregation, most_in_league, sums_securely, threshold_of
 from silotune.components.terms.strategies import STRATEGIES
 
 CLIPPED = {"strategy": "fedavg", "weights": "uniform", "clip": {"norm": 1.0}}
@@ -108,7 +108,18 @@ def test_the_usual_threshold_leaves_no_room_for_a_third_of_the_silos_to_open_two
     threshold = threshold_of(SecureAggregation(), silos)
     colluding = (silos - 1) // 3
     assert threshold <= silos
-    assert 2 * threshold > silos + colluding, "each honest silo answers once, a colluding one twice"
+    assert 2 * threshold > silos + colluding, "each honest silo signs once, a colluding one twice"
+    assert most_in_league(SecureAggregation(), silos) >= colluding
+
+
+@pytest.mark.parametrize("silos", range(3, 40))
+def test_no_two_sets_get_a_threshold_of_signatures_and_with_one_more_in_league_they_do(silos: int) -> None:
+    for threshold in range(silos // 2 + 1, silos + 1):
+        most = most_in_league(SecureAggregation(threshold=threshold), silos)
+        assert 0 <= most < threshold
+        for league in (most, most + 1):
+            shared_out = (silos - league) // 2  # honest silos that can be had for the set that gets fewer
+            assert (league + shared_out >= threshold) == (league > most)
 
 
 def test_rounds_that_noise_is_planned_for_are_agreed_on(tmp_path: Path) -> None:
