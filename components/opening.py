@@ -1,4 +1,4 @@
-"""Opening a round: the quorum, the next plan, which global is the best so far, and when to stop."""
+"""Opening a round: the quorum, the next plan."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Literal
 
 from silotune.components.errors import FederationError, QuorumError, SilotuneError, UnreachableError
 from silotune.components.federation import Agreement, Federation
-from silotune.components.protocol import Commit, Evaluation, Participant, Plan, Turn, pooled
+from silotune.components.protocol import Commit, Participant, Plan, Turn
 from silotune.components.rounds import Rounds
 from silotune.components.secure_sum import records as secure_records
-from silotune.components.terms.rounds import Until
 from silotune.components.terms.strategies import Aggregation, Strategy
 
 
@@ -170,56 +169,3 @@ def without_result(
         contributions={}, missing=missing, previous=latest.digest, incoming=latest.outgoing, outgoing=latest.outgoing, best=latest.best,
         learning_rate=plan.learning_rate, server_state=latest.server_state, spent=spent or {}, started=time.time(), at=time.time(),
     )  # fmt: skip
-
-
-Judged = tuple[int, dict[str, Evaluation]]
-
-
-def judged(rounds: Rounds) -> list[Judged]:
-    """(round, validation scores by silo) of every global that has any, in order."""
-    made = (c for c in rounds.commits() if c.made_global)
-    return [(c.round, found) for c in made if (found := rounds.evaluations(c.outgoing, "valid"))]
-
-
-def compare(a: dict[str, Evaluation], b: dict[str, Evaluation], metric: str) -> tuple[float, float] | None:
-    """A pooled metric of two globals, over the silos that scored both on the same split; None where there is none.
-
-    Silos come and go, and theirs are not equally hard: pooled over different ones, two globals cannot be compared.
-    """
-    both = [s for s in a if s in b and a[s].split_digest == b[s].split_digest]
-    if not both:
-        return None
-    return pooled({s: a[s] for s in both})[metric], pooled({s: b[s] for s in both})[metric]
-
-
-def has_converged(scores: list[Judged], until: Until) -> bool:
-    """Whether the last ``patience`` globals are no better than the best one before them by more than ``min_delta``."""
-    sign = -1.0 if until.metric == "token_accuracy" else 1.0
-    best: dict[str, Evaluation] | None = None
-    stale = 0
-    for _, found in scores:
-        pair = compare(found, best, until.metric) if best else None
-        if best is None or (pair and sign * pair[0] < sign * pair[1] - until.min_delta):
-            best, stale = found, 0
-        elif pair:
-            stale += 1
-    return stale >= until.patience
-
-
-def best_of(scores: list[Judged]) -> int | None:
-    """The round whose global has the lowest pooled validation loss, each compared with the best before it; None without scores."""
-    best: Judged | None = None
-    for number, found in scores:
-        pair = compare(found, best[1], "loss") if best else None
-        if best is None or (pair and pair[0] < pair[1]):
-            best = number, found
-    return best[0] if best else None
-
-
-def best_round(rounds: Rounds) -> int:
-    """The round whose global has the lowest pooled validation loss; the last one where none has been evaluated."""
-    best = best_of(judged(rounds))
-    if best is not None:
-        return best
-    latest = rounds.latest()
-    return latest.round if latest else 0

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from silotune.components import base_model, opening
+from silotune.components import base_model, best_global
 from silotune.components.aggregate import step as aggregate
 from silotune.components.combine import step as combine
 from silotune.components.confirm import step as confirm
@@ -111,7 +111,7 @@ class Simulation:
         latest = self._commit_or_refuse()
         for silo in self.federation.silo_ids:
             evaluate.work(str(self.file), silo, "")
-        named = {"base": 0, "best": opening.best_round(self.rounds), "last": latest.round}
+        named = {"base": 0, "best": best_global.best_round(self.rounds), "last": latest.round}
         table = {}
         for name, number in named.items():
             found = self.rounds.evaluations(self.rounds.commit(number).outgoing, "test")
@@ -235,7 +235,7 @@ class Simulation:
     def _commit(self, round_number: int | None) -> Commit:
         latest = self._commit_or_refuse()
         if round_number is None:
-            round_number = opening.best_round(self.rounds) if self.federation.export.select == "best" else latest.round
+            round_number = best_global.best_round(self.rounds) if self.federation.export.select == "best" else latest.round
         return self.rounds.commit(round_number)
 
     def _commit_or_refuse(self) -> Commit:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from silotune.components import opening
+from silotune.components import best_global
 from silotune.components.federation import Federation
 from silotune.components.protocol import Attempt, Commit, Evaluation, Exported, Plan, Turn, perplexity, pooled
 from silotune.components.rounds import Rounds
@@ -160,7 +160,7 @@ def _open_securely(rounds: Rounds, plan: Plan, attempt: Attempt) -> RoundStatus:
 
 def chosen(federation: Federation, rounds: Rounds) -> Commit:
     """The commit that ``export.select`` means now; there must be one."""
-    number = opening.best_round(rounds) if federation.export.select == "best" else None
+    number = best_global.best_round(rounds) if federation.export.select == "best" else None
     latest = rounds.latest() if number is None else rounds.commit(number)
     if latest is None:
         raise ValueError("nothing is committed")
@@ -196,7 +196,7 @@ def comparison(federation: Federation, rounds: Rounds) -> Comparison | None:
     for split in ("test", "valid"):
         base = rounds.evaluations(rounds.commit(0).outgoing, split)
         federated = rounds.evaluations(commit.outgoing, split)
-        both = sorted(base.keys() & federated.keys())
+        both = sorted(best_global.same_records(base, federated))
         if both:
             rows = [(s, base[s].loss, federated[s].loss) for s in both]
             pools = [pooled({s: scores[s] for s in both})["loss"] for scores in (base, federated)]

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from silotune.components import opening, tracking
+from silotune.components import best_global, opening, tracking
 from silotune.components.aggregate import carried, groups, releases
 from silotune.components.aggregate.intake import Intake
 from silotune.components.aggregate.lost_global import fetch_global
@@ -97,7 +97,7 @@ def _bad_global(federation: Federation, rounds: Rounds, latest: Commit) -> str:
     if federation.rounds.rollback is None:
         return ""
     before = rounds.evaluations(rounds.commit(latest.best).outgoing, "valid")
-    pair = opening.compare(found, before, "loss")
+    pair = best_global.compare(found, before, "loss")
     if pair is None or pair[0] <= pair[1] + federation.rounds.rollback.max_loss_increase:
         return ""
     return (
@@ -239,9 +239,9 @@ def _commit(federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, 
     spectrum = carried.spectrum_of(result.made)
     if spectrum and (lost := carried.rank_lost(rounds, spectrum)):
         tell("aggregate", "warned", detail=f"round {turn.round}: {lost}")
-    scores = opening.judged(rounds)
+    scores = best_global.judged(rounds)
     until = federation.rounds.until
-    best = opening.best_of(scores)
+    best = best_global.best_of(scores)
     return Commit(
         round=turn.round,
         outcome="aggregated",
@@ -259,7 +259,7 @@ def _commit(federation: Federation, rounds: Rounds, latest: Commit, plan: Plan, 
         guards=_guards(plan, result.outgoing, result.contributions, result.made) | result.promises,
         server_state=result.server_state,
         spectrum=spectrum,
-        converged=bool(until and opening.has_converged(scores, until)),
+        converged=bool(until and best_global.has_converged(scores, until)),
         bytes_up=sum(c.bytes for c in result.contributions.values()),
         bytes_down=len(result.contributions) * rounds.object_size(plan.incoming),
         started=_started(rounds, turn),

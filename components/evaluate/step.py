@@ -1,6 +1,7 @@
 """evaluate: in a silo, complete the last round's validation metrics, and read the test split, which no other box does.
 
-Scored on test: the initial global, the best one so far by pooled validation loss, and the last one. What has a score is not scored again.
+Scored are the initial global, the best one so far by pooled validation loss, and the last one. What has a score is not scored again: on valid
+the first two have theirs from training, unless the silo's records have changed since.
 
     python -m silotune.components.evaluate.step FEDERATION SILO TURN
 """
@@ -47,10 +48,10 @@ def _score(federation: Federation, rounds: Rounds, latest: Commit, silo: Silo, h
     if policy and not policy.scores:
         return status_text(silo_id, "ok", "its policy keeps its scores")
     # The commit names the best by what was known then; the last one is the only other that the last scores can make the best.
-    tested = {rounds.commit(0).outgoing, rounds.commit(latest.best).outgoing, latest.outgoing} if silo.test else set()
+    globals_ = sorted({rounds.commit(0).outgoing, rounds.commit(latest.best).outgoing, latest.outgoing})
     shards = {"valid": open_split(home, "valid")} | ({"test": open_split(home, "test")} if silo.test else {})
-    wanted: list[tuple[Split, str]] = [("valid", latest.outgoing), *(("test", g) for g in sorted(tested))]
-    wanted = [(split, g) for split, g in wanted if rounds.evaluation(g, silo_id, split, shards[split].digest) is None]
+    splits: tuple[Split, ...] = ("valid", "test") if silo.test else ("valid",)
+    wanted = [(split, g) for split in splits for g in globals_ if rounds.evaluation(g, silo_id, split, shards[split].digest) is None]
     watched = _unmeasured(rounds, latest, silo, home)
     if not wanted and not watched:
         return status_text(silo_id, "ok")

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from silotune.components import base_model, opening, tracking
+from silotune.components import base_model, best_global, tracking
 from silotune.components.aggregate.lost_global import fetch_global
 from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
@@ -45,7 +45,7 @@ def work(federation_file: str, turn_text: str, *statuses: str) -> str:
     for silo, status, reason in map(parse_status, statuses):
         if status != "ok":
             tell("evaluate", "warned", silo, detail=f"{silo} has not been evaluated: {status}: {reason}")
-    number = opening.best_round(rounds) if federation.export.select == "best" else latest.round
+    number = best_global.best_round(rounds) if federation.export.select == "best" else latest.round
     commit = rounds.commit(number)
     require_unexposed(federation, rounds, commit)
     exported = rounds.export(_export_id(commit, federation)) or _export(federation, rounds, commit)
@@ -136,8 +136,9 @@ def card(federation: Federation, rounds: Rounds, commit: Commit, base: base_mode
     silos = sorted({silo for c in rounds.commits() if c.round <= commit.round for silo in c.contributions})
     rows = []
     for split in ("valid", "test"):
+        both = best_global.same_records(*(rounds.evaluations(g, split) for g in (rounds.commit(0).outgoing, commit.outgoing)))
         for label, outgoing in (("base", rounds.commit(0).outgoing), ("federated", commit.outgoing)):
-            found = rounds.evaluations(outgoing, split)
+            found = {s: e for s, e in rounds.evaluations(outgoing, split).items() if s in both}
             if found:
                 rows.append(f"| {label} | {split} | all | {pooled(found)['loss']:.4f} | {pooled(found)['perplexity']:.2f} |")
                 losses = ((s, e.loss) for s, e in sorted(found.items()))

@@ -18,8 +18,8 @@ from silotune.components import base_model, launcher, silo_job
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation, Silo, canonical_json
 from silotune.components.federation_file import is_remote
-from silotune.components.learning.batches import stream
-from silotune.components.learning.records import PERSON, read_records
+from silotune.components.learning.held_out import held_out
+from silotune.components.learning.records import read_records
 from silotune.components.process.progress import Pulse, beating
 from silotune.components.rounds import file_digest
 from silotune.components.silo_job import one_at_a_time, silo_home
@@ -156,7 +156,7 @@ def _key(federation: Federation, tokenizer: str, path: Path, part: str, planted:
         federation.training.seed,
         part,
         tokenizer,
-        "units",
+        "units, aside by content",
         federation.privacy.person_field,
         *([planted.digest] if planted else []),
     ]
@@ -173,16 +173,12 @@ def _make(
     person = federation.privacy.person_field
     records: Any = read_records(path, data.format, data.fields, person)
     if part != "all":
-        # A person's records are never torn apart, so that none of them is learned from and judged by.
-        owners = [record.get(PERSON, i) for i, (_, record) in enumerate(read_records(path, data.format, data.fields, person))]
-        numbers = {owner: i for i, owner in enumerate(dict.fromkeys(owners))}
-        count = len(numbers)
-        aside = max(1, round(count * data.valid_fraction)) if count > 1 else 0
-        chosen = set(stream(count, 0, aside, federation.name, federation.training.seed, silo, "aside").tolist()) if count else set()
-        if count and not aside:
-            whose = "record" if person is None else "person's records"
-            raise FederationError(f"{path.name}: one {whose} cannot be split; give the silo a valid file or more records")
-        records = (r for owner, r in zip(owners, records, strict=False) if (numbers[owner] in chosen) == (part == "aside"))
+        read = (record for _, record in read_records(path, data.format, data.fields, person))
+        aside = held_out(read, data.valid_fraction, federation.name, federation.training.seed, silo, "aside")
+        if aside is None:
+            whose = "one record, or copies of one, which" if person is None else "one person's records, which"
+            raise FederationError(f"{path.name}: holds {whose} cannot be split; give the silo a valid file or more records")
+        records = (r for r, held in zip(records, aside, strict=False) if held == (part == "aside"))
     if planted:
         records = chain(records, (("canary", canary.record(data.format)) for canary in planted.included))
     tokeniser = Tokeniser(load_tokenizer(base), data.template, data.max_length, data.long_examples)

@@ -49,7 +49,10 @@ class Data(Section):
     long_examples: Literal["truncate", "drop"] = Field(
         "truncate", description="What happens to a longer example; `text` is cut into several examples instead of being truncated."
     )
-    valid_fraction: Fraction = Field(0.05, description="Share of train set aside, by seed, where a silo names no `valid`.")
+    valid_fraction: Fraction = Field(
+        0.05,
+        description="Share of train set aside, where a silo names no `valid`: each record, or person, by its content and the seed, so that more records move none.",
+    )
 
     @model_validator(mode="after")
     def _template_has_places(self) -> Data:

@@ -85,14 +85,14 @@ def measure(federation: Federation, silos: list[str], *, most: int = 500, canari
         RefusedError: no round is committed.
         FederationError: a silo's shards are not here.
     """
-    from silotune.components import opening
+    from silotune.components import best_global
     from silotune.components.rounds import Rounds
 
     rounds = Rounds.of(federation)
     latest = rounds.latest()
     if latest is None or latest.round == 0:
         raise RefusedError("no round is trained yet, so that there is nothing to get anything out of; run the federation first")
-    commit = rounds.commit(opening.best_round(rounds) if federation.export.select == "best" else latest.round)
+    commit = rounds.commit(best_global.best_round(rounds) if federation.export.select == "best" else latest.round)
     terms = federation.privacy_agreed
     delta = terms.delta if terms.of_records else DELTA
     found = {silo: _Probe(federation, rounds, federation.silo(silo), most).all(commit, delta, confidence) for silo in silos}

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import pytest
 
-from silotune.components import keys, opening
+from silotune.components import best_global, keys, opening
 from silotune.components.errors import FederationError, QuorumError, RefusedError, SilotuneError, UnreachableError
 from silotune.components.federation import Agreement, Federation
 from silotune.components.keys import Keyring
@@ -614,58 +614,85 @@ def scored(split: str = "d", accuracy: float = 0.0, **losses: float | None) -> d
     }
 
 
-def course(*globals_: dict[str, Evaluation]) -> list[opening.Judged]:
+def course(*globals_: dict[str, Evaluation]) -> list[best_global.Judged]:
     return list(enumerate(globals_))
 
 
 def test_globals_are_compared_over_the_silos_that_scored_both() -> None:
     a, b = scored(north=1.0, south=3.0), scored(north=0.5, west=9.0)
-    assert opening.compare(a, b, "loss") == (pytest.approx(1.0), pytest.approx(0.5))
-    assert opening.compare(a, scored(west=9.0), "loss") is None
-    assert opening.compare(a, scored("e", north=0.5), "loss") is None, "another split is another measure"
-    assert opening.compare(a, scored("e", north=0.5) | scored(south=2.0), "loss") == (pytest.approx(3.0), pytest.approx(2.0))
+    assert best_global.compare(a, b, "loss") == (pytest.approx(1.0), pytest.approx(0.5))
+    assert best_global.compare(a, scored(west=9.0), "loss") is None
+    assert best_global.compare(a, scored("e", north=0.5), "loss") is None, "another split is another measure"
+    assert best_global.compare(a, scored("e", north=0.5) | scored(south=2.0), "loss") == (pytest.approx(3.0), pytest.approx(2.0))
     more = {"north": evaluation("north", 30.0, 30), "south": evaluation("south", 30.0, 10)}
-    assert opening.compare(more, more, "loss") == (pytest.approx(1.5), pytest.approx(1.5)), "pooled by tokens"
+    assert best_global.compare(more, more, "loss") == (pytest.approx(1.5), pytest.approx(1.5)), "pooled by tokens"
 
 
 def test_a_silo_with_hard_data_that_joins_does_not_make_the_global_worse() -> None:
     scores = course(scored(north=1.0, south=1.0), scored(north=0.9, south=0.9, west=6.0), scored(north=0.8, south=0.8, west=5.9))
     assert pooled(scores[1][1])["loss"] > pooled(scores[0][1])["loss"], "pooled over all, it looks worse"
-    assert opening.best_of(scores) == 2
-    assert not opening.has_converged(scores, Until(patience=1))
+    assert best_global.best_of(scores) == 2
+    assert not best_global.has_converged(scores, Until(patience=1))
 
 
 def test_a_silo_with_easy_data_that_is_absent_does_not_either() -> None:
     scores = course(scored(north=1.0, south=0.1), scored(north=0.9))
-    assert opening.best_of(scores) == 1
-    assert not opening.has_converged(scores, Until(patience=1))
+    assert best_global.best_of(scores) == 1
+    assert not best_global.has_converged(scores, Until(patience=1))
 
 
 def test_a_silo_with_easy_data_that_joins_does_not_make_a_worse_global_better() -> None:
     scores = course(scored(north=1.0), scored(north=1.1, south=0.1))
-    assert opening.best_of(scores) == 0
-    assert opening.has_converged(scores, Until(patience=1))
+    assert best_global.best_of(scores) == 0
+    assert best_global.has_converged(scores, Until(patience=1))
 
 
 def test_globals_that_no_silo_can_compare_are_neither_better_nor_stale() -> None:
-    scores = course(scored(north=1.0), scored(south=0.1), scored(south=0.1), scored("e", north=0.1))
-    assert opening.best_of(scores) == 0
-    assert not opening.has_converged(scores, Until(patience=1))
+    scores = course(scored(north=1.0), scored(south=0.1), scored(south=0.1))
+    assert best_global.best_of(scores) == 0
+    assert not best_global.has_converged(scores, Until(patience=1))
+
+
+def test_where_records_have_changed_a_global_that_was_scored_on_both_joins_old_and_new() -> None:
+    """north's records grow after round 2, which is 0.2 above round 1 on the old ones; round 1 is never scored on the new ones."""
+    old = [(0, scored(north=3.0)), (1, scored(north=2.0)), (2, scored(north=2.2)), (2, scored("e", north=5.2))]
+    assert best_global.best_of([*old, (3, scored("e", north=5.1))]) == 1, "0.1 below round 2 is 0.1 above round 1"
+    assert best_global.best_of([*old, (3, scored("e", north=4.9))]) == 3
+    assert best_global.best_of([*old, (3, scored("e", north=4.9)), (4, scored("e", north=4.95))]) == 3
+    assert best_global.has_converged([*old, (3, scored("e", north=5.1))], Until(patience=2))
+    assert not best_global.has_converged([*old, (3, scored("e", north=4.9))], Until(patience=1))
+
+
+def test_where_nothing_joins_old_and_new_records_the_best_is_sought_anew() -> None:
+    """Else the best round would stay for ever the last one before any silo's records grew."""
+    scores = course(scored(north=1.0), scored("e", north=2.0), scored("e", north=1.9), scored("e", north=2.1))
+    assert best_global.best_of(scores) == 2
+    assert best_global.has_converged(scores, Until(patience=1))
+    assert best_global.best_of(course(scored(north=1.0, south=1.0), scored("e", north=0.1))) == 0, "south may come back"
+
+
+def test_a_global_that_was_scored_before_and_after_a_change_is_judged_by_both(rounds: Rounds) -> None:
+    for number in range(3):
+        rounds.write_commit(commit(number, outgoing=f"g{number}"))
+    for at, (number, split, loss) in enumerate([(0, "d", 30.0), (1, "d", 20.0), (1, "e", 50.0), (2, "e", 45.0)]):
+        rounds.write_evaluation(evaluation("north", loss, 10, outgoing=f"g{number}", split_digest=split * 64, round=number, at=at))
+    assert [(n, e["north"].loss) for n, e in best_global.judged(rounds)] == [(0, 3.0), (1, 2.0), (1, 5.0), (2, 4.5)]
+    assert best_global.best_round(rounds) == 2
 
 
 def test_the_best_of_several_is_the_lowest_and_the_earliest() -> None:
-    assert opening.best_of([]) is None
-    assert opening.best_of(course(scored(north=2.0), scored(north=1.0), scored(north=1.5), scored(north=1.0))) == 1
-    assert opening.best_of([(4, scored(north=2.0)), (9, scored(north=1.0))]) == 9, "by round, not by place"
+    assert best_global.best_of([]) is None
+    assert best_global.best_of(course(scored(north=2.0), scored(north=1.0), scored(north=1.5), scored(north=1.0))) == 1
+    assert best_global.best_of([(4, scored(north=2.0)), (9, scored(north=1.0))]) == 9, "by round, not by place"
 
 
 def test_a_global_without_a_finite_loss_is_never_better() -> None:
-    assert opening.best_of(course(scored(north=2.0), scored(north=None))) == 0
-    assert opening.best_of(course(scored(north=None), scored(north=2.0))) == 1
-    assert opening.best_of(course(scored(north=2.0, south=2.0), scored(north=None, south=0.1))) == 0
-    assert opening.has_converged(course(scored(north=2.0), scored(north=None)), Until(patience=1))
-    assert not opening.has_converged(course(scored(north=None), scored(north=2.0)), Until(patience=1))
-    assert opening.has_converged(course(scored(north=None), scored(north=None)), Until(patience=1, metric="perplexity"))
+    assert best_global.best_of(course(scored(north=2.0), scored(north=None))) == 0
+    assert best_global.best_of(course(scored(north=None), scored(north=2.0))) == 1
+    assert best_global.best_of(course(scored(north=2.0, south=2.0), scored(north=None, south=0.1))) == 0
+    assert best_global.has_converged(course(scored(north=2.0), scored(north=None)), Until(patience=1))
+    assert not best_global.has_converged(course(scored(north=None), scored(north=2.0)), Until(patience=1))
+    assert best_global.has_converged(course(scored(north=None), scored(north=None)), Until(patience=1, metric="perplexity"))
 
 
 @pytest.mark.parametrize(
@@ -683,13 +710,13 @@ def test_a_global_without_a_finite_loss_is_never_better() -> None:
 )
 def test_convergence_waits_for_patience(losses: list[float], patience: int, min_delta: float, converged: bool) -> None:
     scores = course(*(scored(north=loss) for loss in losses))
-    assert opening.has_converged(scores, Until(patience=patience, min_delta=min_delta)) == converged
+    assert best_global.has_converged(scores, Until(patience=patience, min_delta=min_delta)) == converged
 
 
 @pytest.mark.parametrize(("second", "converged"), [(0.6, False), (0.5, True), (0.4, True)])
 def test_accuracy_is_better_when_higher(second: float, converged: bool) -> None:
     scores = course(scored(accuracy=0.5, north=1.0), scored(accuracy=second, north=1.0))
-    assert opening.has_converged(scores, Until(metric="token_accuracy", patience=1)) == converged
+    assert best_global.has_converged(scores, Until(metric="token_accuracy", patience=1)) == converged
 
 
 def test_only_globals_that_rounds_made_are_judged(rounds: Rounds) -> None:
@@ -697,9 +724,9 @@ def test_only_globals_that_rounds_made_are_judged(rounds: Rounds) -> None:
     rounds.write_commit(commit(1, outgoing="better"))
     rounds.write_commit(commit(2, outcome="skipped", outgoing="better"))
     rounds.write_commit(commit(3, outgoing="unscored"))
-    assert opening.best_round(rounds) == 3, "the last one where none has been scored"
+    assert best_global.best_round(rounds) == 3, "the last one where none has been scored"
     rounds.write_evaluation(evaluation("north", 30.0, 10))
     rounds.write_evaluation(evaluation("north", 20.0, 10, outgoing="better"))
     rounds.write_evaluation(evaluation("north", 1.0, 10, outgoing="better", split="test"))
-    assert [(number, found["north"].loss) for number, found in opening.judged(rounds)] == [(0, 3.0), (1, 2.0)]
-    assert opening.best_round(rounds) == 1
+    assert [(number, found["north"].loss) for number, found in best_global.judged(rounds)] == [(0, 3.0), (1, 2.0)]
+    assert best_global.best_round(rounds) == 1

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from silotune.components import opening
+from silotune.components import best_global
 from silotune.components.aggregate import step as aggregate
 from silotune.components.errors import FederationError, QuorumError, RefusedError, UnreachableError
 from silotune.components.evaluate import step as evaluate
@@ -256,6 +256,26 @@ def test_without_a_valid_file_a_part_of_train_is_set_aside(make_federation: Any)
     assert not texts["train"] & texts["valid"]
 
 
+def test_records_that_change_between_runs_leave_the_best_round_to_be_found(make_federation: Any) -> None:
+    """All valid and test records become others after round 2, of which training scores no global before it on the new ones."""
+    file = make_federation()
+    simulation = Simulation(file)
+    list(simulation.run())
+    simulation.test()
+    assert best_global.best_round(simulation.rounds) == 2
+    for path in (*file.parent.glob("data/*/valid.jsonl"), *file.parent.glob("data/*/test.jsonl")):
+        path.write_text(path.read_text().replace("what is", "who had"))
+    edit(file, rounds={"total": 4, "quorum": 2})
+    list(simulation.run())
+    assert [n for n, _ in best_global.judged(simulation.rounds)] == [0, 1, 2, 2, 3, 4], "round 2 joins old and new"
+    assert best_global.best_round(simulation.rounds) == 4
+    simulation.test()
+    commits = list(simulation.rounds.commits())
+    for split in ("valid", "test"):
+        base, best = (simulation.rounds.evaluations(commits[n].outgoing, split) for n in (0, 4))
+        assert sorted(best_global.same_records(base, best)) == list(SILOS), "else base and best could not be compared"
+
+
 def test_test_is_read_by_evaluate_only_and_once(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file = make_federation(rounds={"total": 1})
     simulation = Simulation(file)
@@ -286,7 +306,7 @@ def test_the_export_loads_as_a_peft_folder_and_is_the_global(make_federation: An
         assert torch.equal(model(ids).logits, ours(ids).logits)
         assert not torch.allclose(model(ids).logits, simulation.model(0)[0](ids).logits)
     card = (Path(where) / "README.md").read_text()
-    best = simulation.rounds.commit(opening.best_round(simulation.rounds))
+    best = simulation.rounds.commit(best_global.best_round(simulation.rounds))
     assert best.digest in card
     assert best.outgoing in card
     assert "east, north, south" in card

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from silotune.components import opening
+from silotune.components import best_global
 from silotune.components.rounds import Rounds
 from silotune.components.store import directory_store
 from silotune.pipelines.simulate import Simulation
@@ -86,7 +86,7 @@ def live(file: str) -> dict[str, Any]:
     return {
         "globals": [c.outgoing for c in commits],
         "chained": all(c.previous == p.digest for p, c in itertools.pairwise(commits)),
-        "best": opening.best_round(rounds),
+        "best": best_global.best_round(rounds),
         "attempts": {c.round: len(rounds.attempts(c.round)) for c in commits if c.round},
     }
 
