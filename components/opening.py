@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Literal
 
+from silotune.components import silo_promise
 from silotune.components.errors import FederationError, QuorumError, SilotuneError, UnreachableError
 from silotune.components.federation import Agreement, Federation
 from silotune.components.protocol import Commit, Participant, Plan, Turn
@@ -67,7 +68,8 @@ def share_trained(plan: Plan, agreement: Agreement, examples: dict[str, int]) ->
 def open_next(federation: Federation, rounds: Rounds, latest: Commit, agreement: Agreement, missing: dict[str, str]) -> Turn:
     """Open the round after ``latest``, or go on with it where it is open already.
 
-    A round that was opened under other terms is closed without a result first: the amended terms hold from the next one on.
+    A round that was opened under other terms is closed without a result first: the amended terms hold from the next one on. None is opened where all
+    rounds are made, or the promise about silos has no room for another.
     """
     done = sum(c.counts for c in rounds.commits())
     if latest.converged and federation.rounds.until:
@@ -80,7 +82,10 @@ def open_next(federation: Federation, rounds: Rounds, latest: Commit, agreement:
         latest = rounds.write_commit(without_result("amended", federation, latest, plan, agreement, 0, {}, spent))
         plan = rounds.plan(latest.round + 1)
     if plan is None:
-        plan = rounds.open_round(_plan(federation, rounds, latest, agreement, done))
+        plan = _plan(federation, rounds, latest, agreement, done)
+        if why := silo_promise.spent_out(rounds, plan, agreement):
+            return Turn(done=why)
+        plan = rounds.open_round(plan)
     attempt = rounds.begin_attempt(plan, missing)
     return Turn(attempt.round, attempt.attempt)
 

@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from silotune.components import keys
+from silotune.components import keys, silo_promise
 from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.federation_file import COORDINATOR
 from silotune.components.learning.aggregation.combination import Round
-from silotune.components.learning.privacy import gaussian, prefix_tree
+from silotune.components.learning.privacy import prefix_tree
 from silotune.components.learning.privacy.noise import Noise
 from silotune.components.learning.privacy.own_secret import BYTES, derive, own_secret
 from silotune.components.learning.privacy.silo_noise import Layer, SiloNoise
@@ -32,7 +32,6 @@ from silotune.components.rounds import Rounds
 from silotune.components.terms.privacy import SiloPrivacy
 
 MOUNTED = f"{COORDINATOR}.noise"
-CLOSE = 1e-9  # relative: sums of shares of a whole are compared with it
 
 
 @dataclass(frozen=True)
@@ -93,24 +92,24 @@ def planned(federation: Federation, rounds: Rounds, plan: Plan, agreement: Agree
     assert terms is not None
     assert total is not None
     assert terms.mechanism != "discrete-gaussian"  # which is the silos' own
-    standing = _standing(rounds)
+    standing = silo_promise.released(rounds)
     release = next((r for r in standing if r.plan == plan.digest and r.silos == dict(updates)), None)
     secret = secret_of(federation)
     noise, tree = _mechanism(terms, total, rounds, agreement, given, secret)
     if release is None:
         leaf = 1 + sum(r.tree == tree for r in standing) if tree else 0
         cost = (prefix_tree.squared_sensitivity(leaf) if tree else 1) / noise.multiplier**2
-        spent = math.fsum([*(r.mu_squared for r in standing), cost])
-        if spent > gaussian.mu_of(terms.epsilon, terms.delta) ** 2 * (1 + CLOSE):
-            before = gaussian.epsilon_of(terms.delta, math.sqrt(math.fsum(r.mu_squared for r in standing)))
+        before = silo_promise.spent_on(standing) + silo_promise.spent_on_secure_sums(rounds, plan.round)
+        after = before + silo_promise.Spent(mu_squared=cost)
+        if not after.within(terms):
             raise RefusedError(
                 f"round {plan.round} stays open: privacy.silo: epsilon {terms.epsilon:g} at delta {terms.delta:g} was planned for {total} rounds, "
-                f"and {before:.4g} of it is spent on {len(standing)}; raise privacy.silo.epsilon, if the silos agree to that, or stop here",
+                f"and {before.epsilon(terms.delta):.4g} of it is spent; raise privacy.silo.epsilon, if the silos agree to that, or stop here",
                 "budget",
             )
         release = Release(
             round=plan.round, number=len(standing) + 1, plan=plan.digest, silos=dict(updates), mechanism=terms.mechanism, tree=tree, leaf=leaf,
-            noise_multiplier=noise.multiplier, mu_squared=cost, epsilon=gaussian.epsilon_of(terms.delta, math.sqrt(spent)), delta=terms.delta,
+            noise_multiplier=noise.multiplier, mu_squared=cost, epsilon=after.epsilon(terms.delta), delta=terms.delta,
             at=time.time(),
         )  # fmt: skip
     return Planned(replace(given, noise=_keyed(noise, plan, agreement, secret, release)), release)
@@ -122,9 +121,10 @@ def write(rounds: Rounds, release: Release) -> None:
         raise RefusedError(f"round {release.round} stays open: another run is summing it too; run again once that has ended")
 
 
-def guards(release: Release) -> dict[str, float]:
-    """What a commit says of it."""
-    return {"silo epsilon": release.epsilon, "silo delta": release.delta, "silo release": float(release.number)}
+def guards(rounds: Rounds, release: Release) -> dict[str, float]:
+    """What a commit says of it, and of all up to it."""
+    mu = math.sqrt(silo_promise.spent_on([r for r in rounds.releases() if r.number <= release.number]).mu_squared)
+    return {"silo epsilon": release.epsilon, "silo delta": release.delta, "silo release": float(release.number), silo_promise.MU: mu}
 
 
 def again(
@@ -144,33 +144,15 @@ def again(
     return planned(federation, rounds, plan, agreement, given, updates).given
 
 
-def _standing(rounds: Rounds) -> list[Release]:
-    """All releases so far.
-
-    Raises:
-        RefusedError: a commit knows of more.
-    """
-    found = list(rounds.releases())
-    known = max((c.guards.get("silo release", 0.0) for c in rounds.commits()), default=0.0)
-    if len(found) < known:
-        raise RefusedError(
-            f"the store's releases/ hold {len(found)}, and commits know of {known:.0f}; restore them from a backup", "budget"
-        )
-    return found
-
-
 def _mechanism(terms: SiloPrivacy, total: int, rounds: Rounds, agreement: Agreement, given: Round, secret: bytes) -> tuple[SiloNoise, str]:
     """Noise without its keys, and the tree's name, "" where there is none.
 
     A tree is of one run of the federation, under one secret, with one deviation at every node: where any of that changes, another one begins.
     """
     clip, numbers = given.terms.clip, sum(math.prod(entry.shape) for entry in given.incoming.entries.values())
+    noise = SiloNoise(silo_promise.noise_multiplier(terms, total), (), numbers, given.silos, given.terms.fan_in)
     if terms.mechanism == "gaussian":
-        multiplier = gaussian.noise_multiplier_of(terms.epsilon, terms.delta, total)
-        return SiloNoise(multiplier, (), numbers, given.silos, given.terms.fan_in), ""
-    whole = sum(prefix_tree.squared_sensitivity(number) for number in range(1, total + 1))
-    multiplier = math.sqrt(whole) / gaussian.mu_of(terms.epsilon, terms.delta)
-    noise = SiloNoise(multiplier, (), numbers, given.silos, given.terms.fan_in)
+        return noise, ""
     assert clip is not None
     assert clip.norm is not None
     owner = derive(secret, agreement="", plan="", incoming="", dataset="", purpose="silo tree: whose secret").hex()

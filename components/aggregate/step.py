@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from silotune.components import best_global, opening, tracking
+from silotune.components import best_global, opening, silo_promise, tracking
 from silotune.components.aggregate import carried, groups, releases
 from silotune.components.aggregate.intake import Intake
 from silotune.components.aggregate.lost_global import fetch_global
@@ -184,7 +184,7 @@ def _aggregated(
         )
         for silo, u in accepted.items()
     }  # fmt: skip
-    promises = releases.guards(planned.release) if planned else {}
+    promises = releases.guards(rounds, planned.release) if planned else {}
     return _commit(federation, rounds, latest, plan, turn, Result(made, contributions, missing, outgoing, server_state, promises))
 
 
@@ -218,7 +218,7 @@ def _summed_securely(
         server_state = carried.put(rounds, made)
     contributions = opened.contributions(plan, agreement)
     promises, silo = {}, agreement.privacy.silo
-    if silo and (epsilon := secure_records.silo_epsilon_with(rounds, plan, agreement)) is not None:
+    if silo and (epsilon := silo_promise.secure_epsilon_with(rounds, plan, agreement)) is not None:
         promises = {"silo epsilon": epsilon, "silo delta": silo.delta}
     return _commit(federation, rounds, latest, plan, turn, Result(made, contributions, survivors.missing, outgoing, server_state, promises))
 

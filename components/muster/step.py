@@ -18,14 +18,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from silotune.components import opening
+from silotune.components import opening, silo_promise
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation
 from silotune.components.process import child
 from silotune.components.process.progress import tell
 from silotune.components.protocol import Plan, Turn
 from silotune.components.rounds import Rounds
-from silotune.components.secure_sum import records as secure_records
 from silotune.components.secure_sum import terms as secure_terms
 from silotune.components.secure_sum.records import (
     A,
@@ -84,7 +83,7 @@ class Muster:
         """Those whose keys are there; silos that show the same key are all left out."""
         if self.secure.roster("share"):
             return True
-        secure_records.silo_epsilon_with(self.secure.rounds, self.plan, self.agreement)
+        silo_promise.secure_epsilon_with(self.secure.rounds, self.plan, self.agreement)
         found = self._found(MaskKeys, self.plan.participants)
         shown = Counter(key for record in found.values() for key in (record.sealing, record.masking))
         members = {}

@@ -23,10 +23,8 @@ from typing import Literal, TypeVar
 from pydantic import Field
 
 from silotune.components.errors import RefusedError
-from silotune.components.federation import Agreement
 from silotune.components.protocol import OfSilo, Plan, Record, Turn
 from silotune.components.rounds import Rounds
-from silotune.components.secure_sum import terms as secure_terms
 from silotune.components.store.object_store import ObjectMissing
 from silotune.components.terms.section import Section
 
@@ -235,27 +233,6 @@ def has_trained(rounds: Rounds, turn: Turn, silo: str) -> bool:
         return rounds.update(turn.round, silo) is not None
     secure = SecureRound.of(rounds, turn, plan.digest)
     return secure.survivors() is not None or secure.read(MaskKeys, silo) is not None
-
-
-def silo_rho_before(rounds: Rounds, number: int) -> float:
-    """What the sums of earlier rounds have cost of the promise about silos, whether a global came of them or not."""
-    total = 0.0
-    for commit in rounds.commits():
-        if commit.round >= number or not (commit.contributions or commit.spent):
-            continue
-        plan = rounds.plan(commit.round)
-        agreement = rounds.agreement(plan.agreement) if plan else None
-        if plan and agreement and agreement.privacy.silo and agreement.privacy.secure_aggregation:
-            total += secure_terms.silo_rho(agreement, rounds.json_object(plan.participants[min(plan.participants)].tensors))
-    return total
-
-
-def silo_epsilon_with(rounds: Rounds, plan: Plan, agreement: Agreement) -> float | None:
-    """ε that this round's sum brings all sums to; None where nothing is promised about silos. Raises RefusedError where it would break the promise."""
-    cost = secure_terms.silo_rho(agreement, rounds.json_object(plan.participants[min(plan.participants)].tensors))
-    if not cost:
-        return None
-    return secure_terms.require_left(agreement, silo_rho_before(rounds, plan.round), cost, f"round {plan.round} stays open")
 
 
 def spent(rounds: Rounds, plan: Plan) -> dict[str, int]:

@@ -39,6 +39,7 @@ from silotune.components.secure_sum.records import (
     mark,
 )
 from silotune.components.silo_job import one_at_a_time, silo_home, status_text
+from silotune.components.silo_promise import Spent, require_left, spent_as_committed
 from silotune.components.steward.policy import Policy
 
 if TYPE_CHECKING:
@@ -214,8 +215,8 @@ class SiloPart:
         schema = self.secure.rounds.json_object(self.plan.participants[self.silo].tensors)
         if not (cost := secure_terms.silo_rho(self.agreement, schema)):
             return 0.0
-        before = sum(old.rho for old in self.secrets.opened() if old.summed and old.round != self.secure.number)
-        secure_terms.require_left(self.agreement, before, cost, f"silo {self.silo!r}")
+        before = Spent(rho=sum(old.rho for old in self.secrets.opened() if old.summed and old.round != self.secure.number))
+        require_left(self.agreement, before + spent_as_committed(self.secure.rounds), Spent(rho=cost), f"silo {self.silo!r}")
         return cost
 
     # What is verified

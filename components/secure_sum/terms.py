@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from silotune.components.errors import FederationError, RefusedError
+from silotune.components.errors import FederationError
 from silotune.components.federation import Agreement
 from silotune.components.terms.privacy import SecureAggregation, threshold_of
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 Schema = Mapping[str, Sequence[int]]  # tensor name -> shape
 NOISY_BITS = 20
-CLOSE = 1e-6  # relative: rounds that were planned for add up to the promise but for rounding
 LEAST = 3  # silos in a sum: of two, each can take away its own
 
 
@@ -99,27 +98,3 @@ def silo_rho(agreement: Agreement, schema: Schema) -> float:
 
     point = fixed_point(agreement, schema)
     return concentrated_rho(point.bits, size_of(schema), least(agreement), point.noise)
-
-
-def require_left(agreement: Agreement, spent: float, more: float, who: str) -> float:
-    """ε of all sums with one more, at the promised δ.
-
-    Args:
-        spent: `silo_rho` of the sums that may have been opened before, added up.
-        more: that of the one to come.
-
-    Raises:
-        RefusedError: it would be above the promised one.
-    """
-    from silotune.components.learning.privacy.discrete_gaussian import concentrated_epsilon
-
-    silo = agreement.privacy.silo
-    assert silo is not None
-    found = concentrated_epsilon(spent + more, silo.delta)
-    if found > silo.epsilon * (1 + CLOSE):
-        raise RefusedError(
-            f"{who}: privacy.silo: another sum would bring epsilon to {found:.4g}, and {silo.epsilon:g} at delta {silo.delta:g} is promised; "
-            "raise it, if all agree, or stop here",
-            "silo privacy spent",
-        )
-    return found

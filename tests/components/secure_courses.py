@@ -114,6 +114,13 @@ class SecureCourse(Deliveries):
         self.file.write_text(yaml.safe_dump(yaml.safe_load(self.file.read_text()) | sections))
         self.federation = Federation.load(self.file)
 
+    def amend(self, **sections: Any) -> None:
+        """The terms, from the next round on."""
+        self.edit(**sections)
+        self.agreement = self.federation.agreement("b" * 64, "t" * 64)
+        self.rounds.put_agreement(self.agreement)
+        self.open()
+
 
 def clipped(tensors: dict[str, np.ndarray], clip: float = CLIP) -> dict[str, np.ndarray]:
     """In float64."""

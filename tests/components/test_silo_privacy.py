@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import trials
 
-from silotune.components import tracking
+from silotune.components import silo_promise, tracking
 from silotune.components.aggregate import lost_global, releases
 from silotune.components.errors import FederationError, RefusedError, SilotuneError, UnreachableError
 from silotune.components.federation import Federation
@@ -102,16 +102,47 @@ def test_rounds_spend_epsilon_up_to_what_was_promised_and_no_more(file: Any, tmp
     }
     assert sorted(found) == [1, 2, 3]
     assert sorted(found.values()) == list(found.values())
-    # Two rounds more under the same promise: noise is planned anew, but there is nothing left to spend.
+    # Two rounds more under the same promise: noise is planned anew, but there is nothing left to spend, so that nobody trains.
     trials.edit(path, rounds={"total": TOTAL + 2, "quorum": 1})
     turn = trials.begin(path)
-    sent(path, turn, tmp_path)
+    assert turn.done == (
+        "2 of privacy.silo's epsilon 2 is spent, planned for 5 rounds; for more of them raise privacy.silo.epsilon and privacy.rounds together, "
+        "if all silos agree"
+    )
+    assert trials.rounds_of(path).plan(TOTAL + 1) is None
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "tree"])
+def test_a_round_beyond_the_planned_ones_is_not_opened(file: Any, tmp_path: Path, mechanism: str) -> None:
+    """Two planned, three asked for: the run ends with the second, so that it is evaluated and exported, and nobody trains a third."""
+    path = file(privacy={"silo": SILO | {"mechanism": mechanism}, "rounds": 2})
+    for number in (1, 2):
+        turn = trials.begin(path)
+        assert turn.round == number
+        sent(path, turn, tmp_path)
+        trials.close(path, turn)
+    assert trials.rounds_of(path).plan(3) is None
+    assert "planned for 2 rounds; for more of them raise" in trials.begin(path).done
+    trials.edit(path, privacy={"silo": SILO | {"mechanism": mechanism, "epsilon": 2 * EPSILON}, "rounds": 3})
+    assert trials.begin(path).round == 3
+
+
+def test_a_sum_that_the_budget_does_not_hold_is_not_published(file: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Whoever opens the round: the release itself is refused."""
+    path = file(privacy={"silo": SILO, "rounds": 1})
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(silo_promise, "spent_out", lambda *_: "")
+            turn = trials.begin(path)
+        sent(path, turn, tmp_path)
+        if turn.round == 1:
+            trials.close(path, turn)
     with pytest.raises(
-        RefusedError, match=r"privacy\.silo: epsilon 2 at delta 1e-05 was planned for 5 rounds, and 2 of it is spent on 3"
+        RefusedError, match=r"privacy\.silo: epsilon 2 at delta 1e-05 was planned for 1 rounds, and 2 of it is spent"
     ) as caught:
         trials.close(path, turn)
     assert caught.value.reason == "budget"
-    assert trials.rounds_of(path).latest().round == TOTAL
+    assert trials.rounds_of(path).latest().round == 1
 
 
 def test_a_higher_promise_goes_on_from_what_is_spent(file: Any, tmp_path: Path) -> None:
