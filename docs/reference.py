@@ -19,7 +19,7 @@ from typing import Any
 
 from silotune.components.federation import Federation, json_schema
 from silotune.components.federation_file import DURATION
-from silotune.components.steward import policy
+from silotune.components.steward import admission, policy
 
 FILE = Path(__file__).with_name("federation.md")
 POLICY_FILE = Path(__file__).with_name("policy.md")
@@ -88,8 +88,9 @@ expires: 2027-12-31
 ```
 
 It lies in the silo's `storage`; in a Job, beside `federation.yaml` in the silo's ConfigMap `silotune-federation`; or where SILOTUNE_POLICY names a
-file, or a folder that holds `policy.yaml`. The silo's own steps (preprocess, train, evaluate) read it anew each time, and insist on it before a record is
-read. A rule that is left out restricts nothing. Unknown keys are errors, and all errors are told together.
+file, or a folder that holds `policy.yaml`. All boxes of the silo read it anew each time. They insist on it before a record is read, and before an
+update leaves: a stricter policy holds at once, also for a round that is being trained. A rule that is left out restricts nothing. Unknown keys are
+errors, and all errors are told together. What cannot be read, or what everybody on the machine may write, allows nothing (`policy is wrong`).
 
 What is against it is `refused`, exit code 4, and the round goes on without the silo. The others learn the rule and nothing else:
 
@@ -97,9 +98,10 @@ What is against it is `refused`, exit code 4, and the round goes on without the 
 
 | refused because of | means |
 |---|---|
+| `policy: gone` | a policy has held here and is missing; put it back, or remove `policy.held` in the silo's `storage` as well |
 | `budget` | the ledger has no room for this training |
 | `ledger damaged` | an entry was altered or is gone; see [operations.md](operations.md#for-a-silos-steward) |
-| `output control` | the update held something that the plan does not ask for; nothing was sent |
+| `output control` | the update held something that the plan does not ask for, or that its coordinator would refuse; nothing was sent |
 """
 
 NOTES = {
@@ -123,7 +125,7 @@ def text() -> str:
 
 def policy_text() -> str:
     """The whole page about the policy."""
-    reasons = dict.fromkeys(re.findall(r'Verdict\(\s*"([a-z ]+)"', inspect.getsource(policy)))
+    reasons = dict.fromkeys(re.findall(r'Verdict\(\s*"([a-z ]+)"', inspect.getsource(admission)))
     said = ", ".join(f"`policy: {reason}`" for reason in reasons)
     return _page(POLICY_HEAD.replace("`RULES`", said), policy.Policy.model_json_schema(), ["key", "type", "default", "meaning"])
 

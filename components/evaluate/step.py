@@ -19,7 +19,7 @@ from silotune.components.process.progress import Pulse, beating
 from silotune.components.protocol import Commit, Exposed, Split
 from silotune.components.rounds import Rounds
 from silotune.components.silo_job import one_at_a_time, silo_home, status_text
-from silotune.components.train.permission import admit
+from silotune.components.steward.admission import admit
 from silotune.components.train.step import check_terms, evaluate_split, open_split
 
 

@@ -23,8 +23,8 @@ from silotune.components.learning.records import read_records
 from silotune.components.process.progress import Pulse, beating
 from silotune.components.rounds import file_digest
 from silotune.components.silo_job import one_at_a_time, silo_home
+from silotune.components.steward.admission import admit
 from silotune.components.store.object_store import open_store
-from silotune.components.train.permission import admit
 
 if TYPE_CHECKING:
     from silotune.components.learning.leakage.canaries import Planted

@@ -40,7 +40,7 @@ from silotune.components.secure_sum.records import (
 )
 from silotune.components.silo_job import one_at_a_time, silo_home, status_text
 from silotune.components.silo_promise import Spent, require_left, spent_as_committed
-from silotune.components.steward.policy import Policy
+from silotune.components.steward.admission import admit
 
 if TYPE_CHECKING:
     from silotune.components.learning.privacy.masking import Mask
@@ -84,14 +84,15 @@ class SiloPart:
         """
         Raises:
             FederationError: the round's updates are not summed securely.
-            RefusedError: the round's terms are no longer those of the silo's own file; its records cannot be believed.
+            RefusedError: the round's terms are no longer those of the silo's own file, or its policy does not allow them; its records cannot be
+                believed.
         """
         agreement = rounds.agreement(plan.agreement)
         secure_terms.terms_of(agreement)
         if odd := agreement.changes(federation.agreement(agreement.base, agreement.tokenizer)):
             rule = f"the plan's terms differ from this silo's federation file in {', '.join(odd)}; bring the two together"
             raise RefusedError(f"silo {silo!r}: {rule}", "terms differ")
-        policy = Policy.of(federation, silo)
+        policy = admit(federation, agreement, silo, participants=len(plan.participants))
         few = max(secure_terms.least(agreement), (policy and policy.min_participants) or 0)
         return cls(SecureRound.of(rounds, turn, plan.digest), plan, agreement, silo, home, MaskSecrets(home), few)
 

@@ -2,6 +2,7 @@
 
     reserve(ledger, charge, limits)     before a record is read: write the training down, or refuse
     spent(charges, …)                   the bound ε of everything, of this calendar month (UTC), and of one federation
+    promised(charges, …)                that of one federation at its own δ, which it promises not to pass
 
 The mechanisms of all entries are composed by privacy loss distributions (see `learning.privacy.accounting`), so that the bound is tighter than
 the sum of the federations' own, and holds for all that their coordinators may tell each other. A training without differential privacy has no
@@ -20,8 +21,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from silotune.components.errors import RefusedError
-from silotune.components.learning.privacy.accounting import Mechanism, epsilon
-from silotune.components.steward.ledger import Charge, Ledger
+from silotune.components.learning.privacy.accounting import LEAST_DELTA, Mechanism, epsilon
+from silotune.components.steward.ledger import Charge, Entry, Ledger
+from silotune.components.terms.privacy import Privacy
 from silotune.components.terms.section import Section
 
 MOST_DISTINCT = 12  # kinds of steps that are composed as they are; each takes some tenths of a second
@@ -36,7 +38,7 @@ class Limits(Section):
     run: float | None = Field(None, gt=0, allow_inf_nan=False, description="Of any one federation, by its name.")
     month: float | None = Field(None, gt=0, allow_inf_nan=False, description="Of all trainings in a calendar month (UTC).")
     total: float | None = Field(None, gt=0, allow_inf_nan=False, description="Of all trainings ever.")
-    delta: float = Field(1e-5, gt=0, lt=1, description="Probability δ that a bound does not hold.")
+    delta: float = Field(1e-5, ge=LEAST_DELTA, lt=1, description="Probability δ that a bound does not hold.")
 
     @property
     def any(self) -> bool:
@@ -59,29 +61,36 @@ class Spent(Section):
         return [name for name in ("run", "month", "total") if (most := getattr(limits, name)) is not None and getattr(self, name) > most]
 
 
-def reserve(ledger: Ledger, charge: Charge, limits: Limits, unit: Unit, *, bounded: bool, clock: Callable[[], float] = time.time) -> Spent:
+def reserve(
+    ledger: Ledger, charge: Charge, limits: Limits, unit: Unit, *, bounded: bool, clock: Callable[[], float] = time.time,
+    also: Callable[[Sequence[Entry]], None] | None = None,
+) -> Spent:  # fmt: skip
     """Write a training down before it begins; returns what is spent with it. One that is written down already costs nothing more.
 
     Args:
         unit: whose traces the limits bound.
         bounded: whether a training that bounds nothing counts, and so is refused where there is a limit.
+        also: what else must hold of the entries that it would go behind; raises where it does not.
 
     Raises:
         RefusedError: ε would pass a limit; or the ledger is damaged.
     """
+    identity = charge.identity(ledger.dataset)
     while True:
         entries = ledger.entries()
-        if not any(e.identity == charge.identity(ledger.dataset) for e in entries):
-            at = max(clock(), entries[-1].at) if entries else clock()
-            charges = [(e.charge, e.at) for e in entries]
-            after = spent([*charges, (charge, at)], limits.delta, unit, charge.federation, at, bounded=bounded)
-            if passed := after.beyond(limits):
-                before = spent(charges, limits.delta, unit, charge.federation, at, bounded=bounded)
-                raise _refusal(ledger.dataset, charge, limits, passed, before, after)
-            if ledger.append(charge, at) is None:
-                continue  # somebody was faster: look again
+        if also:
+            also(entries)
+        charges = [(e.charge, e.at) for e in entries]
+        if any(e.identity == identity for e in entries):
+            return spent(charges, limits.delta, unit, charge.federation, entries[-1].at, bounded=bounded)
+        at = max(clock(), entries[-1].at) if entries else clock()
+        after = spent([*charges, (charge, at)], limits.delta, unit, charge.federation, at, bounded=bounded)
+        if passed := after.beyond(limits):
+            before = spent(charges, limits.delta, unit, charge.federation, at, bounded=bounded)
+            raise _refusal(ledger.dataset, charge, limits, passed, before, after)
+        if ledger.append(charge, at):
             return after
-        return spent([(e.charge, e.at) for e in entries], limits.delta, unit, charge.federation, entries[-1].at, bounded=bounded)
+        # Somebody was faster: look again.
 
 
 def spent(
@@ -105,6 +114,11 @@ def spent(
     )  # fmt: skip
 
 
+def promised(charges: Iterable[Charge], federation: str, terms: Privacy) -> float:
+    """ε of a federation's private trainings, about the unit and at the δ of its own promise."""
+    return bound((c for c in charges if c.federation == federation and c.mechanism is not None), terms.delta, terms.unit)
+
+
 def bound(charges: Iterable[Charge], delta: float, unit: Unit, more: Iterable[Mechanism] = ()) -> float:
     """ε of these trainings and of ``more`` mechanisms; infinite where one bounds nothing about the unit."""
     steps: Counter[Mechanism] = Counter(more)
@@ -125,20 +139,23 @@ def _month(at: float) -> str:
 
 
 def _refusal(dataset: str, charge: Charge, limits: Limits, passed: list[str], before: Spent, after: Spent) -> RefusedError:
-    told = {"run": f"for federation {charge.federation!r}", "month": "in a calendar month", "total": "in total"}
-    rules = ", ".join(
-        f"at most {getattr(limits, name):g} {told[name]}, has spent {_text(getattr(before, name))} and would {_text(getattr(after, name))}"
+    told = {"run": f"for federation {charge.federation!r}", "month": "in a calendar month (UTC)", "total": "in total"}
+    rules = "; ".join(
+        f"epsilon at most {getattr(limits, name):g} {told[name]}, {_text(getattr(before, name))} is spent, and with this training it would be "
+        f"{_text(getattr(after, name))}"
         for name in passed
     )
+    keys = ", ".join(f"privacy.epsilon.{name}" for name in passed)
+    wait = ", or wait for the next month" if passed == ["month"] else ""
     return RefusedError(
-        f"silo {charge.silo!r}: the budget of data set {dataset!r}: epsilon {rules}, at delta {limits.delta:g}; `silotune privacy` shows it all, "
-        "and only the silo's steward can raise the limits in its policy",
+        f"silo {charge.silo!r}: the budget of data set {dataset!r}, at delta {limits.delta:g}: {rules}; `silotune privacy` shows it all; only the "
+        f"silo's steward can raise {keys} in its policy{wait}",
         "budget",
     )
 
 
 def _text(value: float) -> str:
-    return "without bound" if value == math.inf else f"{value:.4g}"
+    return "an epsilon without bound" if value == math.inf else f"{value:.4g}"
 
 
 def _grouped(mechanisms: Counter[Mechanism]) -> Counter[Mechanism]:

@@ -1,20 +1,20 @@
 """Output control: what may leave a silo, looked at just before it does.
 
-An update file holds the tensors that the plan lists, by name, shape and number format, each once, and a header whose texts are the plan's own;
-nothing else can hide in it, since the file has one way to be written (see `learning.tensor_file`). It is no larger than the policy allows.
-A report holds numbers by known names, as far as the policy allows them, and a reason from a fixed vocabulary (see `protocol.Report`).
+An update file must be what its coordinator would let in, by the very same rules (see `learning.update`): the tensors that the plan lists, by name,
+shape and number format, each once and with the digest in the header; finite numbers, since one that is not has room for others; counts within
+the terms; texts that are the plan's own. Nothing else can hide in it, as the file has one way to be written (see `learning.tensor_file`). And it is
+no larger than the policy allows. A report holds numbers by known names, as far as the policy allows them, and a reason from a fixed vocabulary
+(see `protocol.Report`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from silotune.components.errors import RefusedError
-from silotune.components.learning.tensor_file import MalformedFile, open_tensor_file
-from silotune.components.learning.update import DTYPE, KEY, read_header
-from silotune.components.protocol import Plan
+from silotune.components.learning.update import Expectation, UpdateRefused, open_update
 
 if TYPE_CHECKING:
     from silotune.components.steward.policy import Policy
@@ -22,13 +22,8 @@ if TYPE_CHECKING:
 REASON = "output control"
 
 
-def require_update(
-    path: Path, plan: Plan, federation: str, silo: str, schema: Mapping[str, Sequence[int]], codec: str, policy: Policy | None
-) -> None:
-    """Insist that an update file holds what the plan asks for, and no more.
-
-    Args:
-        schema: tensor name -> shape, as the plan lists them for this silo.
+def require_update(path: Path, expected: Expectation, policy: Policy | None) -> None:
+    """Insist that an update file holds what the plan asks for, and no more. All of it is read.
 
     Raises:
         RefusedError: with the first rule that is broken.
@@ -36,41 +31,24 @@ def require_update(
     size = path.stat().st_size
     if policy and policy.max_update_bytes is not None and size > policy.max_update_bytes:
         raise RefusedError(
-            f"silo {silo!r}: its update has {size} bytes, its policy lets {policy.max_update_bytes} out; train fewer or smaller tensors, or in "
-            "bfloat16",
+            f"silo {expected.silo!r}: its update has {size} bytes, its policy lets {policy.max_update_bytes} out; train fewer or smaller tensors, "
+            "or in bfloat16",
             "policy: update size",
         )
     try:
-        file, header = open_tensor_file(path), read_header(path)
-    except MalformedFile as error:
-        raise _refused(silo, f"is no update file: {error}") from None
-    if set(file.metadata) != {KEY}:
-        raise _refused(silo, "has metadata beside its header")
-    if odd := sorted(set(file.entries) ^ set(schema)):
-        raise _refused(silo, f"must hold the {len(schema)} tensors of the plan, and differs in {odd[0]!r}")
-    for name, entry in file.entries.items():
-        if list(entry.shape) != list(schema[name]) or entry.dtype != DTYPE[codec]:
-            wanted = f"{DTYPE[codec]} of {list(schema[name])}"
-            raise _refused(silo, f"must hold {name!r} as {wanted}, has {entry.dtype} of {list(entry.shape)}")
-    told = {
-        "federation": federation,
-        "agreement": plan.agreement,
-        "plan": plan.digest,
-        "base": plan.base,
-        "incoming": plan.incoming,
-        "silo": silo,
-    }
-    if odd := sorted(field for field, text in told.items() if getattr(header, field) != text):
-        raise _refused(silo, f"says another {odd[0]} than the plan")
-    if set(header.tensors) != set(schema):
-        raise _refused(silo, "has digests of other tensors than it holds")
+        open_update(path, expected).verify()
+    except UpdateRefused as error:
+        raise RefusedError(
+            f"silo {expected.silo!r}: nothing was sent: of its update, {error.rule}; use one version of silotune in all of its steps",
+            REASON,
+        ) from None
+
+
+def tells(policy: Policy | None, number: str) -> bool:
+    """Whether the policy lets this number of a report out."""
+    return policy is None or policy.report is None or number in policy.report
 
 
 def told_numbers(numbers: Mapping[str, float], policy: Policy | None) -> dict[str, float]:
     """Those of a report's numbers that the policy lets out."""
-    allowed = policy.report if policy else None
-    return {name: value for name, value in numbers.items() if allowed is None or name in allowed}
-
-
-def _refused(silo: str, rule: str) -> RefusedError:
-    return RefusedError(f"silo {silo!r}: nothing was sent: its update {rule}; use one version of silotune in all of its steps", REASON)
+    return {name: value for name, value in numbers.items() if tells(policy, name)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from silotune.components.errors import RefusedError
@@ -12,17 +13,22 @@ from silotune.components.learning.tensor_file import WIDTH
 from silotune.components.learning.update import DTYPE
 from silotune.components.protocol import Plan
 from silotune.components.rounds import Rounds
-from silotune.components.steward.budget import Limits, Unit, reserve, spent
-from silotune.components.steward.budget import bound as composed
-from silotune.components.steward.ledger import Charge, Ledger
-from silotune.components.steward.policy import Asked, Policy, require
+from silotune.components.steward.admission import admit
+from silotune.components.steward.budget import promised, reserve, spent
+from silotune.components.steward.ledger import Charge, Entry, Ledger
+from silotune.components.steward.policy import Policy, counted_by
 
 
-def admit(federation: Federation, agreement: Agreement, silo_id: str) -> Policy | None:
-    """The silo's policy, which allows these terms; None where there is none. Raises RefusedError where it does not."""
-    policy = Policy.of(federation, silo_id)
-    require(policy, Asked(silo_id, agreement, image=federation.silo(silo_id).placement.image))
-    return policy
+def allowed(
+    federation: Federation, rounds: Rounds, plan: Plan, agreement: Agreement, silo_id: str, runs: frozenset[str] = frozenset()
+) -> Policy | None:
+    """The silo's policy as it stands now, which allows what a plan asks for; None where there is none. Raises RefusedError: ``policy: …``.
+
+    Args:
+        runs: federations that have trained on the data set.
+    """
+    known = {"participants": len(plan.participants), "update_bytes": update_bytes(rounds, plan, agreement, silo_id), "runs": runs}
+    return admit(federation, agreement, silo_id, **known)
 
 
 def permit(
@@ -39,53 +45,47 @@ def permit(
     Raises:
         RefusedError: ``policy: …``, ``budget`` or ``ledger damaged``.
     """
-    policy = Policy.of(federation, silo_id)
+    policy = allowed(federation, rounds, plan, agreement, silo_id)
     ledger = Ledger.of(federation, silo_id, policy)
-    runs = frozenset(entry.charge.federation for entry in ledger.entries()) if policy and policy.max_runs else frozenset()
-    require(policy, Asked(
-        silo_id, agreement, image=federation.silo(silo_id).placement.image, participants=len(plan.participants),
-        update_bytes=update_bytes(rounds, plan, agreement, silo_id), runs=runs,
-    ))  # fmt: skip
-    terms, (limits, unit) = agreement.privacy, _rule(policy, agreement)
-    if terms.of_records or limits.any:
-        _require_whole(ledger, rounds, plan, silo_id, policy)
+    terms, (limits, unit) = agreement.privacy, counted_by(policy, agreement.privacy)
     charge = Charge(
         federation=federation.name, agreement=plan.agreement, plan=plan.digest, round=plan.round, silo=silo_id, content=content,
         mechanism=mechanism, unit=terms.unit, delta=terms.delta if terms.of_records else None, noise=noise,
     )  # fmt: skip
-    _require_promise(ledger, charge, agreement)
-    reserve(ledger, charge, limits, unit, bounded=policy is None or policy.private)
+
+    def require_room(entries: Sequence[Entry]) -> None:
+        """Of the very entries that the new one goes behind: another federation may be asking at the same time."""
+        if policy and policy.max_runs is not None:
+            allowed(federation, rounds, plan, agreement, silo_id, frozenset(e.charge.federation for e in entries))
+        _require_promise(entries, charge, agreement, ledger.dataset)
+
+    if terms.of_records or limits.any:
+        _require_whole(ledger, rounds, plan, silo_id, policy)
+    reserve(ledger, charge, limits, unit, bounded=policy is None or policy.private, also=require_room)
     return policy
 
 
 def bound(federation: Federation, agreement: Agreement, silo_id: str, policy: Policy | None) -> dict[str, float]:
     """What a report says of it: ε and δ of all that was ever trained on the data set, and nothing where no ε bounds that."""
-    limits, unit = _rule(policy, agreement)
-    entries = Ledger.of(federation, silo_id, policy).entries()
-    if not agreement.privacy.of_records or not entries:
+    if not agreement.privacy.of_records:
+        return {}
+    (limits, unit), entries = counted_by(policy, agreement.privacy), Ledger.of(federation, silo_id, policy).entries()
+    if not entries:
         return {}
     found = spent([(e.charge, e.at) for e in entries], limits.delta, unit, federation.name, entries[-1].at)
     return {"epsilon": found.total, "delta": found.delta} if math.isfinite(found.total) else {}
 
 
-def _rule(policy: Policy | None, agreement: Agreement) -> tuple[Limits, Unit]:
-    """By which limits, and about whose traces, budgets are counted."""
-    if policy:
-        return policy.privacy.epsilon, policy.privacy.unit
-    return Limits(delta=agreement.privacy.delta), agreement.privacy.unit
-
-
-def _require_promise(ledger: Ledger, charge: Charge, agreement: Agreement) -> None:
+def _require_promise(entries: Sequence[Entry], charge: Charge, agreement: Agreement, dataset: str) -> None:
     """All private rounds of the federation stay within the ε that it promises: noise is made for so many rounds, and more would pass it.
 
     Raises:
         RefusedError: this one would.
     """
-    terms, entries = agreement.privacy, [e for e in ledger.entries() if e.charge.federation == charge.federation]
-    if terms.epsilon is None or charge.mechanism is None or any(e.identity == charge.identity(ledger.dataset) for e in entries):
+    terms, identity = agreement.privacy, charge.identity(dataset)
+    if terms.epsilon is None or charge.mechanism is None or any(e.identity == identity for e in entries):
         return
-    private = [e.charge for e in entries if e.charge.mechanism is not None]
-    if (after := composed([*private, charge], terms.delta, charge.unit)) > terms.epsilon:
+    if (after := promised([*(e.charge for e in entries), charge], charge.federation, terms)) > terms.epsilon:
         raise RefusedError(
             f"silo {charge.silo!r}: privacy.epsilon: must not pass {terms.epsilon:g}, which is planned for {terms.rounds} rounds, got {after:.4g} "
             "with this one; raise privacy.rounds and epsilon together, which all silos must agree to, or end the federation",

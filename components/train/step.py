@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from silotune.components import base_model, launcher, opening
+from silotune.components.aggregate.delivery import expectation
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.learning.aggregation.combination import OPTIMIZER
@@ -30,7 +31,7 @@ from silotune.components.rounds import Rounds
 from silotune.components.secure_sum.records import has_trained
 from silotune.components.secure_sum.silo import UPDATE, SiloPart
 from silotune.components.silo_job import one_at_a_time, silo_home, status_text
-from silotune.components.steward.egress import require_update, told_numbers
+from silotune.components.steward.egress import require_update, tells, told_numbers
 from silotune.components.steward.policy import Policy
 from silotune.components.train import permission, workers
 from silotune.components.train.memory import own_sum
@@ -75,16 +76,15 @@ def work(federation_file: str, silo_id: str, turn_text: str) -> str:
             raise RefusedError(f"silo {silo_id!r}: was not ready when this attempt began; run again once it is", why)
         if has_trained(rounds, turn, silo_id):  # by an earlier attempt or another run
             return status_text(silo_id, "ok")
-        secure = rounds.agreement(plan.agreement).privacy.secure_aggregation is not None
-        part = SiloPart.of(federation, rounds, plan, turn, silo_id, home) if secure else None
-        kept = part.kept() if part else _to_send_again(rounds, plan, silo_id, home)
+        agreement = rounds.agreement(plan.agreement)
+        part = SiloPart.of(federation, rounds, plan, turn, silo_id, home) if agreement.privacy.secure_aggregation is not None else None
+        kept = part.kept() if part else _to_send_again(rounds, plan, silo_id, home, Policy.of(federation, silo_id))
         header = kept or _train(federation, rounds, plan, silo_id, home, pulse, layout, table)
         if isinstance(header, str):
             rounds.write_report(Report(round=turn.round, attempt=turn.attempt, silo=silo_id, status="late", reason=header))
             return status_text(silo_id, "late", header)
-        agreement, policy = rounds.agreement(plan.agreement), Policy.of(federation, silo_id)
-        schema = rounds.json_object(plan.participants[silo_id].tensors)
-        require_update(home / UPDATE, plan, federation.name, silo_id, schema, agreement.communication.codec, policy)
+        policy = permission.allowed(federation, rounds, plan, agreement, silo_id)  # it may have changed since the training began
+        require_update(home / UPDATE, expectation(rounds, plan, agreement, silo_id), policy)
         took, down = time.monotonic() - began, rounds.object_size(plan.incoming)
         if part:  # the update stays here, for the mask box
             part.advertise()
@@ -161,7 +161,7 @@ def _join(federation: Federation, rounds: Rounds, layout: Layout, turn: Turn, si
     return status_text(silo_id, "ok")
 
 
-def _to_send_again(rounds: Rounds, plan: Plan, silo_id: str, home: Path) -> Header | None:
+def _to_send_again(rounds: Rounds, plan: Plan, silo_id: str, home: Path, policy: Policy | None) -> Header | None:
     """Of the update that was made for this plan and is to be sent once more, where the aggregator found its bytes damaged; else None."""
     refusal = rounds.refusal(plan.round, silo_id)
     path = home / UPDATE
@@ -169,7 +169,7 @@ def _to_send_again(rounds: Rounds, plan: Plan, silo_id: str, home: Path) -> Head
         return None
     with suppress(MalformedFile):
         header = read_header(path)
-        if header.plan == plan.digest:
+        if header.plan == plan.digest and (header.loss is None or tells(policy, "loss")):
             return header
     return None
 
@@ -238,7 +238,7 @@ def _train(
     header = Header(
         federation=federation.name, agreement=plan.agreement, round=plan.round, silo=silo_id, plan=plan.digest, base=plan.base,
         incoming=plan.incoming, examples=trained.examples, tokens=trained.tokens, steps=trained.steps, cursor=trained.cursor,
-        loss=trained.loss, norm=0.0, codec=Codec(name=agreement.communication.codec), tensors={},
+        loss=trained.loss if tells(policy, "loss") else None, norm=0.0, codec=Codec(name=agreement.communication.codec), tensors={},
     )  # fmt: skip
     sign = (lambda message: rounds.sign(silo_id, plan.round, message)) if agreement.custody != "none" else None
     return write_update(home / UPDATE, header, delta, sign)

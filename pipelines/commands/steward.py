@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from silotune.components.federation import Federation
-    from silotune.components.steward.policy import Asked, Policy, Verdict
+    from silotune.components.steward.admission import Asked, Verdict
+    from silotune.components.steward.policy import Policy
     from silotune.pipelines.steward.dry_run import Leaving
 
 Silo = Annotated[str | None, typer.Option("--silo", metavar="SILO", help="Whose it is.")]
@@ -61,7 +62,7 @@ def new_policy(
 
 def review(file: File, policy: PolicyFile = None, silo: Silo = None) -> None:
     """Show what a federation asks for against a silo's policy, before anything is accepted."""
-    from silotune.components.steward.policy import review as judge
+    from silotune.components.steward.admission import review as judge
 
     federation = _load(file)
     silo_id = _silo(federation, silo)
@@ -106,8 +107,8 @@ def _asks(federation: Federation, silo_id: str) -> list[str]:
 def _asked(federation: Federation, silo_id: str, rules: Policy) -> tuple[Asked, bool]:
     """What the file asks for, as far as it is known here; and whether the base model's digest is."""
     from silotune.components.rounds import Rounds
+    from silotune.components.steward.admission import Asked
     from silotune.components.steward.ledger import Ledger
-    from silotune.components.steward.policy import Asked
     from silotune.components.train.permission import update_bytes
     from silotune.pipelines.checkup import local_base
 

@@ -289,6 +289,13 @@ def test_terms_that_the_silo_no_longer_agrees_to(tmp_path: Path) -> None:
     assert course.box("mask", "ada") == "ada refused: terms differ"
 
 
+@pytest.mark.parametrize("stage", ["share", "mask", "confirm", "unmask"])
+def test_a_policy_that_was_tightened_holds_in_every_stage(tmp_path: Path, stage: str) -> None:
+    course = reach(SecureCourse(tmp_path), stage)
+    (Path(course.federation.silo("bo").storage) / "policy.yaml").write_text("dataset: notes\nexpires: 2020-01-01\n")
+    assert [course.box(stage, silo) for silo in SILOS] == [f"{s} {'refused: policy: expired' if s == 'bo' else 'ok'}" for s in SILOS]
+
+
 def test_a_policy_that_wants_more_silos_in_a_sum_than_the_terms(tmp_path: Path) -> None:
     course = reach(SecureCourse(tmp_path), "mask")
     course.stage("mask", without=["di"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import courses
 import numpy as np
 import pytest
 
+from silotune.components.aggregate.delivery import expectation
 from silotune.components.errors import RefusedError
-from silotune.components.federation import Federation
+from silotune.components.federation import Federation, canonical_json
 from silotune.components.learning.tensor_file import open_tensor_file, to_bytes, write_tensor_file
-from silotune.components.learning.update import KEY, Codec, Header, write_update
+from silotune.components.learning.update import KEY, Codec, Header, signed_bytes, write_update
 from silotune.components.protocol import Plan
 from silotune.components.rounds import Rounds
 from silotune.components.steward import egress
@@ -25,8 +28,24 @@ SCHEMA = {"a": [2, 3], "b": [4]}
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
-    return courses.Course(tmp_path).run(0).open(1)
+def course(tmp_path: Path) -> courses.Course:
+    return courses.Course(tmp_path).run(0)
+
+
+@pytest.fixture
+def plan(course: courses.Course) -> Plan:
+    return course.open(1)
+
+
+@pytest.fixture
+def require(course: courses.Course, plan: Plan) -> Any:
+    """Output control of north's update."""
+
+    def check(path: Path, codec: str = "float32", policy: Policy | None = None) -> None:
+        expected = expectation(course.rounds, plan, course.agreement, "north")
+        egress.require_update(path, replace(expected, schema=SCHEMA, codec=codec), policy)
+
+    return check
 
 
 def tensors(**changes: Any) -> dict[str, np.ndarray]:
@@ -34,44 +53,94 @@ def tensors(**changes: Any) -> dict[str, np.ndarray]:
     return {name: array for name, array in found.items() if array is not None}
 
 
-def written(folder: Path, plan: Plan, arrays: dict[str, np.ndarray], codec: str = "float32", /, **facts: Any) -> Path:
+def header_of(plan: Plan, codec: str = "float32", /, **facts: Any) -> Header:
     known: dict[str, Any] = {
         "federation": "fed", "agreement": plan.agreement, "round": 1, "silo": "north", "plan": plan.digest, "base": plan.base, "incoming": plan.incoming,
         "examples": 8, "tokens": 80, "steps": 4, "cursor": 8, "loss": 1.0, "norm": 0.0, "codec": Codec(name=codec), "tensors": {},
     }  # fmt: skip
-    write_update(folder / "update", Header(**(known | facts)), arrays)
-    return folder / "update"
+    return Header(**(known | facts))
 
 
-def require(path: Path, plan: Plan, codec: str = "float32", policy: Policy | None = None) -> None:
-    egress.require_update(path, plan, "fed", "north", SCHEMA, codec, policy)
+@pytest.fixture
+def written(course: courses.Course, plan: Plan, tmp_path: Path) -> Any:
+    """An update file that north has signed."""
+
+    def write(arrays: dict[str, np.ndarray], codec: str = "float32", /, **facts: Any) -> Path:
+        sign = lambda message: course.rounds.sign("north", 1, message)  # noqa: E731
+        write_update(tmp_path / "update", header_of(plan, codec, **facts), arrays, sign)
+        return tmp_path / "update"
+
+    return write
+
+
+@pytest.fixture
+def forged(course: courses.Course, plan: Plan, tmp_path: Path) -> Any:
+    """One whose tensors are signed for as they stand, whatever they hold."""
+
+    def write(arrays: dict[str, np.ndarray], digests: dict[str, str] | None = None, **facts: Any) -> Path:
+        raw = {name: to_bytes(array, "F32") for name, array in sorted(arrays.items())}
+        squares = sum(float(np.square(a, dtype=np.float64).sum()) for a in arrays.values() if np.isfinite(a).all())
+        known = {"norm": squares**0.5, "tensors": digests or {n: hashlib.sha256(d).hexdigest() for n, d in raw.items()}}
+        header = header_of(plan, **(known | facts))
+        header = header.model_copy(update={"signature": course.rounds.sign("north", 1, signed_bytes(header))})
+        text = canonical_json(header.model_dump()).decode()
+        write_tensor_file(tmp_path / "update", {n: a.shape for n, a in arrays.items()}, "F32", raw.items(), {KEY: text})
+        return tmp_path / "update"
+
+    return write
 
 
 @pytest.mark.parametrize("codec", ["float32", "bfloat16"])
-def test_what_the_plan_asks_for_may_leave(tmp_path: Path, plan: Plan, codec: str) -> None:
-    require(written(tmp_path, plan, tensors(), codec), plan, codec)
+def test_what_the_plan_asks_for_may_leave(written: Any, require: Any, codec: str) -> None:
+    require(written(tensors(), codec), codec)
 
 
 @pytest.mark.parametrize(
     ("arrays", "codec", "rule"),
     [
-        ({"a": None}, "float32", "differs in 'a'"),
-        ({"records": np.ones(3, np.float32)}, "float32", "differs in 'records'"),
-        ({"a": np.ones((3, 2), np.float32)}, "float32", r"must hold 'a' as F32 of \[2, 3\], has F32 of \[3, 2\]"),
-        ({"b": np.ones(5, np.float32)}, "float32", "must hold 'b'"),
-        ({}, "bfloat16", "has BF16"),
+        ({"a": None}, "float32", "it has no tensor 'a'"),
+        ({"records": np.ones(3, np.float32)}, "float32", "an unknown tensor 'records'"),
+        ({"a": np.ones((3, 2), np.float32)}, "float32", r"'a' has shape \[3, 2\], must have \[2, 3\]"),
+        ({"b": np.ones(5, np.float32)}, "float32", "'b' has shape"),
+        ({}, "bfloat16", "codec is 'bfloat16'"),
     ],
 )
-def test_other_tensors_may_not(tmp_path: Path, plan: Plan, arrays: dict[str, Any], codec: str, rule: str) -> None:
+def test_other_tensors_may_not(written: Any, require: Any, arrays: dict[str, Any], codec: str, rule: str) -> None:
     with pytest.raises(RefusedError, match=rule) as refused:
-        require(written(tmp_path, plan, tensors(**arrays), codec), plan)
+        require(written(tensors(**arrays), codec))
     assert refused.value.reason == "output control"
 
 
-@pytest.mark.parametrize("field", ["federation", "agreement", "plan", "base", "incoming", "silo"])
-def test_no_text_but_the_plans_own_stands_in_the_header(tmp_path: Path, plan: Plan, field: str) -> None:
-    with pytest.raises(RefusedError, match=f"says another {field} than the plan"):
-        require(written(tmp_path, plan, tensors(), **{field: "Mrs Smith, born 1950"}), plan)
+def test_no_text_but_the_plans_own_stands_in_the_header(written: Any, require: Any) -> None:
+    for field in ("federation", "agreement", "plan", "base", "incoming", "silo"):
+        with pytest.raises(RefusedError, match="answers round" if field == "incoming" else f"{field} is 'Mrs Smith, born") as refused:
+            require(written(tensors(), **{field: "Mrs Smith, born 1950"}))
+        assert refused.value.reason == "output control"
+
+
+@pytest.mark.parametrize("field", ["examples", "tokens", "steps", "cursor"])
+def test_a_count_has_no_room_for_records(written: Any, require: Any, field: str) -> None:
+    """A whole number of Python has no end: this one spells out a name."""
+    with pytest.raises(RefusedError, match=f"{field} is ") as refused:
+        require(written(tensors(), **{field: int.from_bytes(b"Mrs Smith, born 1950", "big")}))
+    assert refused.value.reason == "output control"
+
+
+def test_nor_has_a_number_that_is_none(forged: Any, require: Any) -> None:
+    """23 bits of a NaN are free."""
+    odd = tensors()
+    odd["b"].view("<u4")[1] = 0x7FC00000 | int.from_bytes(b"Mr", "big")
+    with pytest.raises(RefusedError, match="tensor 'b' is not finite") as refused:
+        require(forged(odd))
+    assert refused.value.reason == "output control"
+
+
+def test_nor_has_a_digest_or_a_norm(forged: Any, require: Any) -> None:
+    require(forged(tensors()))
+    with pytest.raises(RefusedError, match="does not have the digest in the header"):
+        require(forged(tensors(), dict.fromkeys(SCHEMA, b"Mrs Smith, born 1950".hex().ljust(64, "0"))))
+    with pytest.raises(RefusedError, match="its norm is"):
+        require(forged(tensors(), norm=1950.01))
 
 
 def rewrite(path: Path, metadata: dict[str, str]) -> None:
@@ -81,28 +150,26 @@ def rewrite(path: Path, metadata: dict[str, str]) -> None:
     write_tensor_file(path, {n: a.shape for n, a in arrays.items()}, "F32", encoded, dict(file.metadata) | metadata)
 
 
-def test_nothing_hides_beside_the_header_or_behind_the_tensors(tmp_path: Path, plan: Plan) -> None:
-    path = written(tmp_path, plan, tensors())
+def test_nothing_hides_beside_the_header_or_behind_the_tensors(written: Any, forged: Any, require: Any) -> None:
+    path = written(tensors())
     rewrite(path, {"note": "Mrs Smith"})
-    with pytest.raises(RefusedError, match="metadata beside its header"):
-        require(path, plan)
-    path = written(tmp_path, plan, tensors())
+    with pytest.raises(RefusedError, match="its metadata must be 'silotune' and nothing else"):
+        require(path)
+    path = written(tensors())
     with path.open("ab") as file:
         file.write(b"Mrs Smith")
-    with pytest.raises(RefusedError, match="is no update file"):
-        require(path, plan)
-    path = written(tmp_path, plan, tensors())
-    rewrite(path, {KEY: open_tensor_file(path).metadata[KEY].replace('"a":', '"Mrs Smith":')})
-    with pytest.raises(RefusedError, match="digests of other tensors"):
-        require(path, plan)
+    with pytest.raises(RefusedError, match="not a tensor file"):
+        require(path)
+    with pytest.raises(RefusedError, match="digests are not of these tensors"):
+        require(forged(tensors(), {"Mrs Smith": "0" * 64, "b": "0" * 64}))
 
 
-def test_the_policy_bounds_the_file(tmp_path: Path, plan: Plan) -> None:
-    path = written(tmp_path, plan, tensors())
+def test_the_policy_bounds_the_file(written: Any, require: Any) -> None:
+    path = written(tensors())
     size = path.stat().st_size
-    require(path, plan, policy=Policy(dataset="d", max_update_bytes=size))
+    require(path, policy=Policy(dataset="d", max_update_bytes=size))
     with pytest.raises(RefusedError, match=f"has {size} bytes, its policy lets {size - 1} out") as refused:
-        require(path, plan, policy=Policy(dataset="d", max_update_bytes=size - 1))
+        require(path, policy=Policy(dataset="d", max_update_bytes=size - 1))
     assert refused.value.reason == "policy: update size"
 
 

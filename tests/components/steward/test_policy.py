@@ -16,10 +16,13 @@ from silotune.components.evaluate import step as evaluate
 from silotune.components.federation import Federation
 from silotune.components.initialize import step as initialize
 from silotune.components.learning import records
+from silotune.components.learning.update import read_header
 from silotune.components.preprocess import step as preprocess
 from silotune.components.rounds import Rounds
 from silotune.components.silo_job import supervise
-from silotune.components.steward.policy import Asked, Policy, require, review
+from silotune.components.steward.admission import Asked, require, review
+from silotune.components.steward.policy import Policy, counted_by
+from silotune.components.terms.privacy import Privacy
 from silotune.components.train import step as train
 from silotune.pipelines.simulate import Simulation
 
@@ -198,6 +201,48 @@ def test_where_it_lies(make_federation: Any, tmp_path: Path, monkeypatch: pytest
     assert Policy.of(federation, "north").dataset == "in-folder"  # type: ignore[union-attr]
 
 
+def test_a_link_to_nothing_is_no_leave(make_federation: Any) -> None:
+    federation = Federation.load(make_federation())
+    storage = Path(federation.silo("north").storage)
+    storage.mkdir(parents=True)
+    (storage / "policy.yaml").symlink_to(storage / "..data" / "policy.yaml")  # a volume that is not filled
+    with pytest.raises(FederationError, match="no such policy file") as wrong:
+        Policy.of(federation, "north")
+    assert wrong.value.reason == "policy is wrong"
+
+
+def test_a_policy_that_anybody_may_write_is_nobodys_word(make_federation: Any) -> None:
+    federation = Federation.load(make_federation())
+    put(federation.file, "north")
+    file = Path(federation.silo("north").storage) / "policy.yaml"
+    file.chmod(0o666)
+    with pytest.raises(FederationError, match="chmod o-w") as wrong:
+        Policy.of(federation, "north")
+    assert wrong.value.reason == "policy is wrong"
+    file.chmod(0o664)
+    assert Policy.of(federation, "north")
+
+
+def test_what_no_accountant_can_tell_is_no_limit(tmp_path: Path) -> None:
+    with pytest.raises(FederationError, match=r"privacy.epsilon.delta: must be greater than or equal to"):
+        Policy.load(written(tmp_path, "dataset: notes\nprivacy: {epsilon: {total: 3.0, delta: 1e-20}}\n"))
+
+
+@pytest.mark.parametrize(
+    ("says", "counted"),
+    [
+        (None, (1e-3, "person")),
+        ({"privacy": {"required": True}}, (1e-3, "person")),  # the policy limits nothing: as the federation promises
+        ({"privacy": {"unit": "record", "epsilon": {"delta": 1e-4}}}, (1e-4, "record")),
+        ({"privacy": {"epsilon": {"total": 3.0}}}, (1e-5, "record")),
+    ],
+)
+def test_budgets_are_counted_as_the_policy_says_or_the_federation_promises(says: Any, counted: tuple[float, str]) -> None:
+    policy = None if says is None else Policy(dataset="d", **says)
+    limits, unit = counted_by(policy, Privacy(epsilon=3.0, delta=1e-3, unit="person", person_field="p"))
+    assert (limits.delta, unit) == counted
+
+
 # The boxes
 
 
@@ -272,6 +317,74 @@ def test_reports_and_scores_hold_what_the_policy_lets_out(make_federation: Any) 
     assert {"loss", "examples"} < set(reports["south"].numbers)
     scored = {k.split("/")[3] for k in rounds.store.list("tiny/evaluations/")}
     assert scored == {"east", "south"}
+
+
+def test_a_training_loss_that_the_policy_keeps_stands_nowhere(make_federation: Any, tmp_path: Path) -> None:
+    file = make_federation(rounds={"total": 1, "quorum": 2})
+    put(file, "north", report=["steps"])
+    simulation = Simulation(file)
+    list(simulation.run())
+    rounds, told = simulation.rounds, {}
+    for silo in ("north", "south"):
+        manifest = rounds.update(1, silo)
+        assert manifest
+        told[silo] = manifest.loss, read_header(rounds.fetch_object(manifest.object, tmp_path / "update", silo)).loss
+    assert told["north"] == (None, None)
+    assert None not in told["south"]
+
+
+def test_a_policy_that_changed_while_a_round_was_trained_holds_before_anything_leaves(
+    make_federation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = make_federation(rounds={"total": 1, "quorum": 2})
+    put(file, "north")
+    learn = train.learn
+
+    def and_then(order: Any, *rest: Any) -> Any:
+        if order.silo == "north":
+            put(file, "north", expires=date(2020, 1, 1))
+        return learn(order, *rest)
+
+    monkeypatch.setattr(train, "learn", and_then)
+    simulation = Simulation(file)
+    (result,) = simulation.run()
+    assert result.missing == {"north": "refused: policy: expired"}
+    assert list(simulation.rounds.store.list("tiny/contributions/north/")) == []
+
+
+def test_an_update_that_is_asked_for_once_more_asks_the_policy_once_more(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make_federation(rounds={"total": 1, "quorum": 2})
+    put(file, "north")
+    simulation = Simulation(file)
+    turn = simulation._begin().text
+    assert train.work(str(file), "north", turn) == "north ok"
+    manifest = simulation.rounds.update(1, "north")
+    assert manifest
+    simulation.rounds.store.delete(simulation.rounds.object_key(manifest.object, "north"))
+    simulation.rounds.refuse_update(1, "north", "object corrupt", resend=True, manifest=manifest.digest)
+    again = Simulation(file)._begin().text
+    put(file, "north", expires=date(2020, 1, 1))
+    monkeypatch.setattr(train, "learn", lambda *_: pytest.fail("was trained"))
+    with pytest.raises(RefusedError, match="its policy ended on 2020-01-01") as refused:
+        train.work(str(file), "north", again)
+    assert refused.value.reason == "policy: expired"
+    assert list(simulation.rounds.store.list("tiny/contributions/north/")) == []
+
+
+def test_where_a_policy_has_held_its_absence_allows_nothing(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make_federation()
+    put(file, "north")
+    assert preprocess.work(str(file), "north").startswith("north ok")
+    storage = Path(Federation.load(file).silo("north").storage)
+    (storage / "policy.yaml").unlink()
+    read_nothing(monkeypatch)
+    with pytest.raises(RefusedError, match="its policy, of data set 'north-notes', is gone") as refused:
+        preprocess.work(str(file), "north")
+    assert refused.value.reason == "policy: gone"
+    assert supervise("preprocess", str(file), "north") == "north refused: policy: gone"
+    monkeypatch.undo()
+    (storage / "policy.held").unlink()  # the steward's own word
+    assert preprocess.work(str(file), "north").startswith("north ok")
 
 
 def test_a_base_is_named_by_the_digest_that_check_prints(make_federation: Any, tmp_path: Path) -> None:

@@ -101,9 +101,9 @@ def test_a_base_that_is_not_here_is_no_verdict(make_federation: Any, tmp_path: P
 def test_every_rule_has_its_words() -> None:
     import inspect
 
-    from silotune.components.steward import policy
+    from silotune.components.steward import admission
 
-    assert set(re.findall(r'Verdict\(\s*"([a-z ]+)"', inspect.getsource(policy))) == set(RULES)
+    assert set(re.findall(r'Verdict\(\s*"([a-z ]+)"', inspect.getsource(admission))) == set(RULES)
 
 
 @pytest.mark.parametrize("command", ["review", "dry-run"])
