@@ -43,7 +43,7 @@ def open_ledger(location: str, keys_folder: Path) -> Any:
 
 def charge(number: int, kinds: int) -> Any:
     from silotune.components.learning.privacy.accounting import Mechanism
-    from silotune.components.steward.ledger import Charge
+    from silotune.components.steward.entry import Charge
 
     kind = Mechanism(sampling_probability=0.002 + 0.0001 * (number % kinds), noise_multiplier=2.0 + 0.1 * (number % kinds), steps=20)
     return Charge(

@@ -22,7 +22,8 @@ from pydantic import Field
 
 from silotune.components.errors import RefusedError
 from silotune.components.learning.privacy.accounting import LEAST_DELTA, Mechanism, epsilon
-from silotune.components.steward.ledger import Charge, Entry, Ledger
+from silotune.components.steward.entry import Charge, Entry
+from silotune.components.steward.ledger import Ledger
 from silotune.components.terms.privacy import Privacy
 from silotune.components.terms.section import Section
 
@@ -141,7 +142,7 @@ def _month(at: float) -> str:
 def _refusal(dataset: str, charge: Charge, limits: Limits, passed: list[str], before: Spent, after: Spent) -> RefusedError:
     told = {"run": f"for federation {charge.federation!r}", "month": "in a calendar month (UTC)", "total": "in total"}
     rules = "; ".join(
-        f"epsilon at most {getattr(limits, name):g} {told[name]}, {_text(getattr(before, name))} is spent, and with this training it would be "
+        f"epsilon at most {getattr(limits, name):g} {told[name]}, spent: {_text(getattr(before, name))}, with this training: "
         f"{_text(getattr(after, name))}"
         for name in passed
     )
@@ -155,7 +156,7 @@ def _refusal(dataset: str, charge: Charge, limits: Limits, passed: list[str], be
 
 
 def _text(value: float) -> str:
-    return "an epsilon without bound" if value == math.inf else f"{value:.4g}"
+    return "no bound" if value == math.inf else f"{value:.4g}"
 
 
 def _grouped(mechanisms: Counter[Mechanism]) -> Counter[Mechanism]:

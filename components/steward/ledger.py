@@ -1,18 +1,21 @@
 """The ledger: every training that has touched a silo's data set, whichever federation asked for it. The silo's own; nobody else reads it.
 
-    <storage of the silo>/ledger/<dataset>/000007.json     the seventh entry; names the digest of the sixth
+    <storage of the silo>/ledger/<dataset>/000007.json             the seventh entry; names the digest of the sixth
+    <storage of the silo>/ledger/<dataset>/000001-000256.jsonl     a volume: these entries once more, a line each
 
 ``<dataset>`` is the name that the silo's steward has given the data (see `policy`), and not a digest of them: one record more or less makes no
 other data set. It lies beside the silo's folders for single federations, so that all of them are counted together, or where the policy says.
 
 Entries are created, never overwritten, so that of two who append at once one wins and the other looks again. Each names the one before by
-digest, and the silo's key signs it: the last signature vouches for all before it. `Ledger.entries` reads all of them and refuses where one was
-altered, taken out or put elsewhere. What it cannot see is that the *last* ones are gone: for that there is `require_told`.
+digest, and the silo's key signs it: the last signature vouches for all before it. `Ledger.entries` refuses where one was altered, taken out or put
+elsewhere. What it cannot see is that the *last* ones are gone: for that there is `require_told`.
 
 An entry stands before a record is read, so that a training that breaks off counts as done.
 
-Of a ledger in a bucket the silo keeps a copy in its storage, a line an entry, so that only new ones are fetched. The copy is held to the same rules, and
-its last entry to the bucket's.
+So that a long ledger takes few requests, `entries` reads volumes instead of the entries in them; whoever appends puts them there. And of a ledger that
+does not lie in the silo's storage the silo keeps a copy there, so that only new entries are fetched. Volumes and copy are held to the same chain and
+signature, so that what they say is what was written; the copy's last entry is compared with the store's, so that a ledger that was put back to
+an older state is missed. That a single entry was harmed which they made needless to read, only `every_entry` finds.
 """
 
 from __future__ import annotations
@@ -23,59 +26,25 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import ValidationError
 
 from silotune.components import keys
 from silotune.components.errors import RefusedError
-from silotune.components.federation import Federation, PublicKey, canonical_json
-from silotune.components.federation_file import is_remote
-from silotune.components.learning.privacy.accounting import Mechanism
-from silotune.components.protocol import Record
+from silotune.components.federation import Federation, PublicKey
+from silotune.components.steward.entry import Charge, Entry
 from silotune.components.store.local_files import beside, file_errors
 from silotune.components.store.object_store import ObjectMissing, ObjectStore, open_store
-from silotune.components.terms.section import Section
 
 if TYPE_CHECKING:
     from silotune.components.steward.policy import Policy
 
 FOLDER = "ledger"
-READERS = 16  # entries that are fetched at once
+COPIES = "ledger-copies"  # in the silo's storage
+VOLUME = 256  # entries
+READERS = 16  # objects that are fetched at once
 DAMAGED = "ledger damaged"
-
-
-class Charge(Section):
-    """What a training is about to do to a data set."""
-
-    federation: str
-    agreement: str = Field(description="Digest of the terms.")
-    plan: str = Field(description="Digest of the round's plan.")
-    round: int = Field(ge=1)
-    silo: str = Field(description="The silo's id in that federation.")
-    content: str = Field(description="Digest of the train split.")
-    mechanism: Mechanism | None = Field(
-        None, description="What it costs; none: a training without differential privacy, which nothing bounds."
-    )
-    unit: Literal["record", "person"] = Field("record", description="Whose traces the mechanism bounds.")
-    delta: float | None = Field(None, description="The delta of the federation's promise.")
-    noise: str = Field("", description="Which secret the noise is from, by a digest that does not tell it.")
-
-    def identity(self, dataset: str) -> str:
-        """The same for every try at the same training, which gives the same update; another one where anything that it depends on has changed."""
-        facts = self.model_dump(include={"plan", "silo", "content", "mechanism", "noise"})
-        return hashlib.sha256(canonical_json([dataset, facts])).hexdigest()
-
-
-class Entry(Record):
-    """One training."""
-
-    number: int = Field(ge=1)
-    previous: str | None = Field(description="Digest of the entry before.")
-    dataset: str
-    identity: str = Field(description="The same for every try at this training.")
-    charge: Charge
-    at: float = Field(description="Unix time in seconds; never before that of the entry before.")
 
 
 class Ledger:
@@ -90,7 +59,8 @@ class Ledger:
         self._sign = sign
         self._trusted = list(trusted)
         self._entries: list[Entry] = []  # that have been read and verified
-        self._head: str | None = None  # digest of the last of them
+        self._lines: list[bytes] = []  # as they stand in the store
+        self._volumes: set[int] = set()  # that are known to be there, by their last entry
 
     @classmethod
     def of(cls, federation: Federation, silo_id: str, policy: Policy | None) -> Ledger:
@@ -102,9 +72,10 @@ class Ledger:
         own = keys.own(federation, silo_id)
         former = policy.ledger.keys if policy else []
         trusted = [*own, *federation.public_keys.get(silo_id, []), *(PublicKey(public=text) for text in former)]
-        location = (policy.ledger.at if policy else None) or federation.silo(silo_id).storage
+        storage = federation.silo(silo_id).storage
+        location = (policy.ledger.at if policy else None) or storage
         dataset = policy.dataset if policy else silo_id
-        copies = Path(federation.silo(silo_id).storage) / "ledger-copies" if is_remote(location) else None
+        copies = None if Path(location) == Path(storage) else Path(storage) / COPIES
         return cls(open_store(location), dataset, lambda message: keys.sign_as(federation, silo_id, message), trusted, copies)
 
     def beside(self, dataset: str) -> Ledger:
@@ -118,6 +89,15 @@ class Ledger:
     def key(self, number: int) -> str:
         return f"{FOLDER}/{self.dataset}/{number:06d}.json"
 
+    def volume_key(self, last: int) -> str:
+        """Of the volume that ends with this entry."""
+        return f"{FOLDER}/{self.dataset}/{last - VOLUME + 1:06d}-{last:06d}.jsonl"
+
+    @property
+    def place(self) -> str:
+        """Where a person finds it."""
+        return self.store.url(f"{FOLDER}/{self.dataset}")
+
     def entries(self) -> list[Entry]:
         """All of them, in order, verified.
 
@@ -129,38 +109,24 @@ class Ledger:
             self._recall(self._copies / f"{self.dataset}.jsonl")
         if count < len(self._entries):
             raise self._damaged(self.key(len(self._entries)), "was there before, and is gone")
-        new = [self.key(number) for number in range(len(self._entries) + 1, count + 1)]
-        with ThreadPoolExecutor(READERS) as pool:
-            self._take(list(pool.map(self.store.get, new)))
-        if self._copies and new:
-            with file_errors(str(self._copies)), beside(self._copies / f"{self.dataset}.jsonl") as copy:
-                copy.write_bytes(b"".join(entry.encode() + b"\n" for entry in self._entries))
+        if new := self._fetched(len(self._entries), count):
+            self._take(new)
+            self._keep_copy()
         return list(self._entries)
 
-    def _take(self, further: Sequence[bytes]) -> None:
-        """Verify entries that go on from those that are known, and know them."""
-        found, head = list(self._entries), self._head
-        for data in further:
-            found.append(self._linked(self.key(len(found) + 1), data, found[-1] if found else None, head))
-            head = hashlib.sha256(data).hexdigest()
-        if further:
-            self._require_signed(found[-1], self.key(len(found)))
-        self._entries, self._head = found, head
+    def every_entry(self) -> list[Entry]:
+        """As `entries`, and every object in the store is read and compared, also where a volume or the copy made that needless.
 
-    def _recall(self, copy: Path) -> None:
-        """Know what a copy holds; one that is not whole is no loss, one that the store contradicts is a history that was written twice."""
-        try:
-            lines = copy.read_bytes().splitlines()
-            self._take(lines)
-        except FileNotFoundError:
-            return
-        except RefusedError:
-            copy.unlink()
-            return
-        with suppress(ObjectMissing):  # told by the count
-            if lines and self.store.get(self.key(len(lines))) != lines[-1]:
-                self._entries, self._head = [], None
-                raise self._damaged(self.key(len(lines)), f"is not what it was when this machine last read it (see {copy})")
+        Raises:
+            RefusedError: one is not what it was.
+        """
+        found = self.entries()
+        wanted = {self.key(number): line for number, line in enumerate(self._lines, 1)}
+        wanted |= {self.volume_key(last): _volume(self._lines[last - VOLUME : last]) for last in self._volumes}
+        for key, data in zip(wanted, self._get(wanted), strict=True):
+            if data != wanted[key]:
+                raise self._damaged(key, "was altered since it was written")
+        return found
 
     def append(self, charge: Charge, at: float) -> Entry | None:
         """Put an entry behind those that `entries` has given; None where somebody was faster.
@@ -170,15 +136,20 @@ class Ledger:
         """
         last = self._entries[-1] if self._entries else None
         entry = Entry(
-            number=len(self._entries) + 1, previous=self._head, dataset=self.dataset, charge=charge,
+            number=len(self._entries) + 1, previous=_head(self._lines), dataset=self.dataset, charge=charge,
             identity=charge.identity(self.dataset), at=max(at, last.at) if last else at,
         )  # fmt: skip
         key = self.key(entry.number)
         entry = entry.model_copy(update={"signature": self._sign(entry.message(key))})
-        if not self.store.create(key, entry.encode()):
+        if not self.store.create(key, data := entry.encode()):
             return None
         self._entries.append(entry)
-        self._head = entry.digest
+        self._lines.append(data)
+        for end in range(VOLUME, len(self._lines) + 1, VOLUME):
+            if end not in self._volumes:
+                self.store.create(self.volume_key(end), _volume(self._lines[end - VOLUME : end]))
+                self._volumes.add(end)
+        self._keep_copy()
         return entry
 
     def require_told(self, plan: str, silo_id: str) -> None:
@@ -198,24 +169,84 @@ class Ledger:
         )
 
     def _count(self) -> int:
-        names = (key.rsplit("/", 1)[1] for key in self.store.list(f"{FOLDER}/{self.dataset}/"))
+        """How many entries there are; learns of the volumes."""
+        names = [key.rsplit("/", 1)[1] for key in self.store.list(f"{FOLDER}/{self.dataset}/")]
         numbers = sorted(int(found[1]) for name in names if (found := re.fullmatch(r"(\d{6,})\.json", name)))
         for expected, number in enumerate(numbers, 1):
             if number != expected:
                 raise self._damaged(self.key(expected), "is missing, and later ones are there")
+        ends = [int(found[1]) for name in names if (found := re.fullmatch(r"\d{6,}-(\d{6,})\.jsonl", name))]
+        self._volumes = {end for end in ends if end % VOLUME == 0 and self.volume_key(end).rsplit("/", 1)[1] in names}
+        if max(self._volumes, default=0) > len(numbers):
+            raise self._damaged(self.key(len(numbers) + 1), "is missing, and a volume that holds it is there")
         return len(numbers)
+
+    def _fetched(self, known: int, count: int) -> list[bytes]:
+        """The entries behind those that are known, as they stand in the store."""
+        asked: dict[str, int] = {}  # key -> entries in it
+        while known < count:
+            end = known + VOLUME
+            whole = known % VOLUME == 0 and end in self._volumes
+            asked[self.volume_key(end) if whole else self.key(known + 1)] = VOLUME if whole else 1
+            known = end if whole else known + 1
+        found: list[bytes] = []
+        for key, data in zip(asked, self._get(asked), strict=True):
+            lines = data.splitlines() if asked[key] > 1 else [data]
+            if len(lines) != asked[key]:
+                raise self._damaged(key, f"must hold {asked[key]} entries, has {len(lines)}")
+            found += lines
+        return found
+
+    def _get(self, wanted: Iterable[str]) -> list[bytes]:
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(self.store.get, wanted))
+
+    def _take(self, further: Sequence[bytes]) -> None:
+        """Verify entries that go on from those that are known, and know them.
+
+        The digests of what is read, and the last signature, vouch for every byte, so that nothing else of the entries before is compared.
+        """
+        entries, lines = list(self._entries), list(self._lines)
+        for data in further:
+            entries.append(self._linked(self.key(len(entries) + 1), data, entries[-1] if entries else None, _head(lines)))
+            lines.append(data)
+        if further:
+            key, last = self.key(len(entries)), entries[-1]
+            if last.encode() != lines[-1] or last.identity != last.charge.identity(self.dataset):
+                raise self._damaged(key, "contradicts itself")
+            self._require_signed(last, key)
+        self._entries, self._lines = entries, lines
+
+    def _recall(self, copy: Path) -> None:
+        """Know what a copy holds; one that is not whole is no loss, one that the store contradicts is a history that was written twice."""
+        try:
+            self._take(copy.read_bytes().splitlines())
+        except FileNotFoundError:
+            return
+        except RefusedError:
+            copy.unlink()
+            return
+        with suppress(ObjectMissing):  # told by the count
+            if self._lines and self.store.get(key := self.key(len(self._lines))) != self._lines[-1]:
+                self._entries, self._lines = [], []
+                raise self._damaged(key, f"is not what it was when this machine last read it (see {copy})")
+
+    def _keep_copy(self) -> None:
+        if self._copies:
+            with file_errors(str(self._copies)), beside(self._copies / f"{self.dataset}.jsonl") as copy:
+                copy.write_bytes(_volume(self._lines))
 
     def _linked(self, key: str, data: bytes, last: Entry | None, head: str | None) -> Entry:
         """An entry that goes on from the last one, of digest ``head``."""
         try:
-            entry = Entry.decode(data, key)
-        except RefusedError:
+            entry = Entry.model_validate_json(data)
+        except ValidationError:
             raise self._damaged(key, "is no entry") from None
         if self.key(entry.number) != key or entry.dataset != self.dataset:
             raise self._damaged(key, f"is entry {entry.number} of {entry.dataset!r}, and was not written here")
         if entry.previous != head:
             raise self._damaged(key, "does not go on from the entry before it, which was altered or belongs elsewhere")
-        if entry.identity != entry.charge.identity(self.dataset) or (last and entry.at < last.at):
+        if last and entry.at < last.at:
             raise self._damaged(key, "contradicts itself")
         return entry
 
@@ -227,6 +258,10 @@ class Ledger:
         return RefusedError(f"{self.store}: {key} {what}; nothing is trained until the ledger is restored from a backup", DAMAGED)
 
 
-def last_of(entries: Sequence[Entry], federation: str) -> Entry | None:
-    """The newest about one federation."""
-    return next((e for e in reversed(entries) if e.charge.federation == federation), None)
+def _volume(lines: Sequence[bytes]) -> bytes:
+    return b"".join(line + b"\n" for line in lines)
+
+
+def _head(lines: Sequence[bytes]) -> str | None:
+    """Digest of the last one."""
+    return hashlib.sha256(lines[-1]).hexdigest() if lines else None

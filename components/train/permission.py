@@ -15,7 +15,8 @@ from silotune.components.protocol import Plan
 from silotune.components.rounds import Rounds
 from silotune.components.steward.admission import admit
 from silotune.components.steward.budget import promised, reserve, spent
-from silotune.components.steward.ledger import Charge, Entry, Ledger
+from silotune.components.steward.entry import Charge, Entry
+from silotune.components.steward.ledger import Ledger
 from silotune.components.steward.policy import Policy, counted_by
 
 

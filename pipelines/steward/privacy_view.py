@@ -11,7 +11,8 @@ from xml.sax.saxutils import escape
 
 from silotune.components.federation import Federation
 from silotune.components.steward.budget import Limits, Spent, Unit, bound, spent
-from silotune.components.steward.ledger import Charge, Entry, Ledger, last_of
+from silotune.components.steward.entry import Charge, Entry, last_of
+from silotune.components.steward.ledger import Ledger
 from silotune.components.steward.policy import Policy
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from silotune.components.errors import RefusedError
 from silotune.components.federation import PublicKey
 from silotune.components.learning.privacy.accounting import Mechanism
 from silotune.components.steward.budget import Limits, reserve
-from silotune.components.steward.ledger import Charge, Ledger
+from silotune.components.steward.entry import Charge
+from silotune.components.steward.ledger import Ledger
 from silotune.components.store.object_store import ObjectStore
 
 MOMENTS = {"os.link", "os.remove", "os.mkdir", "os.rename"}  # what Python tells an audit hook of

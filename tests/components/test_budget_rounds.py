@@ -14,7 +14,8 @@ import yaml
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Federation
 from silotune.components.rounds import Rounds
-from silotune.components.steward.ledger import Entry, Ledger
+from silotune.components.steward.entry import Entry
+from silotune.components.steward.ledger import Ledger
 from silotune.components.steward.policy import Policy
 from silotune.components.train import step as train
 from silotune.pipelines.simulate import Simulation

@@ -17,7 +17,7 @@ from silotune.components.errors import RefusedError
 from silotune.components.learning.privacy.accounting import Mechanism, epsilon
 from silotune.components.steward import budget
 from silotune.components.steward.budget import Limits, reserve, spent
-from silotune.components.steward.ledger import Charge
+from silotune.components.steward.entry import Charge
 from silotune.components.store.object_store import ObjectStore
 from silotune.components.store.s3_store import S3Store
 
@@ -135,11 +135,11 @@ def test_a_resumed_training_is_not_charged_twice_even_where_nothing_is_left(fold
 
 def test_without_privacy_a_limit_lets_nothing_through(folder: ObjectStore, tmp_path: Path) -> None:
     plain = ledgers.charge(1, mechanism=None)
-    with pytest.raises(RefusedError, match="would without bound"):
+    with pytest.raises(RefusedError, match="with this training: no bound"):
         let_in(folder, tmp_path, Limits(total=100.0), [plain])
     assert let_in(folder, tmp_path, Limits(total=100.0), [plain], bounded=False).unprotected == 1  # where the steward said so
     assert let_in(folder, tmp_path, NO_LIMITS, [ledgers.charge(2, mechanism=None)]).total == math.inf
-    with pytest.raises(RefusedError, match="has spent without bound"):
+    with pytest.raises(RefusedError, match="spent: no bound"):
         let_in(folder, tmp_path, Limits(total=100.0), [ledgers.charge(3)])
 
 

@@ -13,7 +13,9 @@ import pytest
 from silotune.components import keys
 from silotune.components.errors import FederationError, RefusedError
 from silotune.components.federation import Federation, canonical_json
-from silotune.components.steward.ledger import Charge, Entry, Ledger
+from silotune.components.steward import ledger as module
+from silotune.components.steward.entry import Charge, Entry
+from silotune.components.steward.ledger import Ledger
 from silotune.components.steward.policy import Policy
 from silotune.components.store.object_store import ObjectStore
 
@@ -288,7 +290,7 @@ def test_of_a_copy_only_new_entries_are_fetched(s3: ObjectStore, tmp_path: Path)
     copies = tmp_path / "copies"
     for known, new in ((0, 4), (4, 0), (4, 1), (5, 0)):
         if known and new:
-            book = ledgers.ledger(s3, tmp_path, copies=copies)
+            book = ledgers.ledger(s3, tmp_path)  # on another machine
             book.entries()
             book.append(ledgers.charge(5), AT + 5)
         store = Counting(s3)
@@ -332,3 +334,119 @@ def test_a_bucket_that_the_policy_names_is_copied(make_federation: Any, s3: Any)
     book.append(ledgers.charge(), AT)
     assert len(Ledger.of(federation, "north", policy).entries()) == 1
     assert (Path(federation.silo("north").storage) / "ledger-copies" / "letters.jsonl").exists()
+
+
+def test_a_folder_that_the_policy_names_is_copied_as_well_so_that_an_older_state_of_it_is_missed(
+    make_federation: Any, tmp_path: Path
+) -> None:
+    federation = Federation.load(make_federation())
+    keys.ensure(federation)
+    policy = Policy(dataset="letters", ledger={"at": str(tmp_path / "books")})
+    book = Ledger.of(federation, "north", policy)
+    book.entries()
+    book.append(ledgers.charge(1), AT)
+    book.append(ledgers.charge(2), AT)
+    (tmp_path / "books/ledger/letters/000002.json").unlink()  # as yesterday's backup has it
+    with pytest.raises(RefusedError, match=r"000002\.json was there before, and is gone"):
+        Ledger.of(federation, "north", policy).entries()
+
+
+# Volumes
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Entries in a volume."""
+    monkeypatch.setattr(module, "VOLUME", 4)
+    return 4
+
+
+def test_of_a_long_ledger_volumes_are_read_and_what_is_behind_them(folder: ObjectStore, tmp_path: Path, small: int) -> None:
+    filled(folder, tmp_path, 11)
+    assert [k for k in folder.list("ledger/") if k.endswith("l")] == [
+        "ledger/notes/000001-000004.jsonl",
+        "ledger/notes/000005-000008.jsonl",
+    ]
+    store = Counting(folder)
+    book = ledgers.ledger(store, tmp_path)  # type: ignore[arg-type]
+    assert [e.charge.round for e in book.entries()] == list(range(1, 12))
+    assert store.fetched == 2 + 3
+    assert [e.charge.round for e in book.every_entry()] == list(range(1, 12))
+    assert store.fetched == 2 + 3 + 11 + 2
+    assert ledgers.ledger(folder, tmp_path).datasets() == ["notes"]
+
+
+def test_the_same_in_s3(s3: ObjectStore, tmp_path: Path, small: int) -> None:
+    filled(s3, tmp_path, 9)
+    store = Counting(s3)
+    assert len(ledgers.ledger(store, tmp_path).entries()) == 9  # type: ignore[arg-type]
+    assert store.fetched == 3
+
+
+def test_whoever_appends_puts_the_volumes_that_are_missing(folder: ObjectStore, tmp_path: Path, small: int) -> None:
+    """Of a ledger of an older version, or whose writer was killed in between."""
+    filled(folder, tmp_path, 9)
+    volumes = {k: folder.get(k) for k in folder.list("ledger/") if k.endswith("l")}
+    for key in volumes:
+        folder.delete(key)
+    book = ledgers.ledger(folder, tmp_path)
+    assert len(book.entries()) == 9
+    assert book.append(ledgers.charge(10), AT + 10)
+    assert {k: folder.get(k) for k in folder.list("ledger/") if k.endswith("l")} == volumes
+
+
+def lines_of(data: bytes) -> list[bytes]:
+    return data.splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.replace(b'"round":2', b'"round":7'),
+        lambda data: b"".join(lines_of(data)[:3]),
+        lambda data: b"".join(lines_of(data)[i] for i in (0, 2, 1, 3)),
+        lambda data: b"".join(lines_of(data)[i] for i in (0, 1, 2, 2)),
+        lambda data: b"".join([*lines_of(data)[:3], lines_of(data)[3].replace(b'"round":4', b'"round":5')]),
+    ],
+    ids=["altered", "cut", "swapped", "repeated", "last altered"],
+)
+@pytest.mark.parametrize("behind", [0, 1])
+def test_a_volume_that_was_tampered_with_is_refused(
+    folder: ObjectStore, tmp_path: Path, small: int, change: Callable[[bytes], bytes], behind: int
+) -> None:
+    filled(folder, tmp_path, 4 + behind)
+    replace(folder, "ledger/notes/000001-000004.jsonl", change(folder.get("ledger/notes/000001-000004.jsonl")))
+    with pytest.raises(RefusedError) as refused:
+        ledgers.ledger(folder, tmp_path).entries()
+    assert refused.value.reason == "ledger damaged"
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("tamper", [alter, cut_short, respell, unsign])
+def test_an_entry_that_nobody_needs_to_read_is_looked_at_all_the_same(
+    folder: ObjectStore, tmp_path: Path, small: int, tamper: Callable[..., None], copied: bool
+) -> None:
+    book = filled(folder, tmp_path, 6)
+    copies = tmp_path / "copies" if copied else None
+    ledgers.ledger(folder, tmp_path, copies=copies).entries()
+    tamper(folder, book, 2)
+    other = ledgers.ledger(folder, tmp_path, copies=copies)
+    assert [e.charge.round for e in other.entries()] == [1, 2, 3, 4, 5, 6]  # as they were written
+    with pytest.raises(RefusedError, match=r"000002\.json was altered since it was written") as refused:
+        other.every_entry()
+    assert refused.value.reason == "ledger damaged"
+
+
+def test_entries_that_a_volume_still_has_are_missed(folder: ObjectStore, tmp_path: Path, small: int) -> None:
+    book = filled(folder, tmp_path, 5)
+    folder.delete(book.key(5))
+    folder.delete(book.key(4))
+    with pytest.raises(RefusedError, match=r"000004\.json is missing, and a volume that holds it is there"):
+        ledgers.ledger(folder, tmp_path).entries()
+
+
+def test_a_name_that_is_no_volumes_is_nothing_to_it(folder: ObjectStore, tmp_path: Path, small: int) -> None:
+    filled(folder, tmp_path, 3)
+    folder.create("ledger/notes/000002-000004.jsonl", b"nothing")
+    folder.create("ledger/notes/000001-000003.jsonl", b"nothing")
+    assert len(ledgers.ledger(folder, tmp_path).entries()) == 3
