@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 from silotune.components import base_model, keys
+from silotune.components.errors import FederationError
 from silotune.components.federation import Federation
 from silotune.components.federation_file import COORDINATOR, is_remote
 from silotune.components.process.progress import RUN_VARIABLE
 from silotune.components.steward.policy import VARIABLE as POLICY_VARIABLE
+from silotune.components.steward.policy import Policy
 
 PARTY_VARIABLE = "SILOTUNE_PARTY"  # in a container: the silo's id, or coordinator
 HOME = "/tmp"  # noqa: S108 (in the container: memory, gone with it)
@@ -64,8 +66,11 @@ def make_folders(federation: Federation) -> None:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
     for silo in federation.silos:
+        place = _ledger(federation, silo.id)
         try:
             Path(silo.storage).mkdir(parents=True, exist_ok=True, mode=0o700)
+            if place and not is_remote(place):
+                Path(place).mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError:  # the silo's own trouble; its boxes tell of it
             continue
 
@@ -92,6 +97,9 @@ def plan(federation: Federation, party: str, run_folder: Path) -> ContainerPlan:
         for place in records:
             read += [] if is_remote(place) else _with_links(Path(place))
         write.append(Path(silo.storage))
+        if ledger := _ledger(federation, party):
+            remote.append(ledger)
+            write += [] if is_remote(ledger) else [Path(ledger)]
         if named := os.environ.get(POLICY_VARIABLE):
             environment[POLICY_VARIABLE] = os.path.abspath(named)
             read.append(Path(environment[POLICY_VARIABLE]))
@@ -115,6 +123,15 @@ def plan(federation: Federation, party: str, run_folder: Path) -> ContainerPlan:
     if s3 or tracked:
         environment |= _set(PROXIES)
     return ContainerPlan(_outermost(read), _outermost(write), environment, "host" if s3 or tracked else "none")
+
+
+def _ledger(federation: Federation, silo_id: str) -> str | None:
+    """Where the silo's policy puts its ledger: in a container, what is written to any other folder is gone with it."""
+    try:
+        policy = Policy.of(federation, silo_id)
+    except FederationError:  # its boxes tell of it
+        return None
+    return policy.ledger.at if policy else None
 
 
 def _local(location: str) -> Path | None:

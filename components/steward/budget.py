@@ -105,13 +105,13 @@ def spent(
         at: Unix time in seconds, in the month that counts.
         bounded: whether trainings that bound nothing about the unit count; else they are told by their number only.
     """
-    counted = [(c, when) for c, when in charges if bounded or _bounds(c, unit)]
+    counted = [(c, when) for c, when in charges if bounded or bounds(c, unit)]
     month = _month(at)
     return Spent(
         run=bound((c for c, _ in counted if c.federation == federation), delta, unit),
         month=bound((c for c, when in counted if _month(when) == month), delta, unit),
         total=bound((c for c, _ in counted), delta, unit),
-        delta=delta, unit=unit, trainings=len(charges), unprotected=sum(not _bounds(c, unit) for c, _ in charges),
+        delta=delta, unit=unit, trainings=len(charges), unprotected=sum(not bounds(c, unit) for c, _ in charges),
     )  # fmt: skip
 
 
@@ -124,13 +124,13 @@ def bound(charges: Iterable[Charge], delta: float, unit: Unit, more: Iterable[Me
     """ε of these trainings and of ``more`` mechanisms; infinite where one bounds nothing about the unit."""
     steps: Counter[Mechanism] = Counter(more)
     for charge in charges:
-        if charge.mechanism is None or not _bounds(charge, unit):
+        if charge.mechanism is None or not bounds(charge, unit):
             return math.inf
         steps[charge.mechanism] += 1
     return epsilon(_grouped(steps), delta)
 
 
-def _bounds(charge: Charge, unit: Unit) -> bool:
+def bounds(charge: Charge, unit: Unit) -> bool:
     """A promise about all records of a person holds for each of them; one about records says nothing about a person with many."""
     return charge.mechanism is not None and (charge.unit == unit or charge.unit == "person")
 

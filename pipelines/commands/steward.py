@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,8 +33,8 @@ RULES = {
     "codec": "a number format of updates that is allowed",
     "privacy": "training is differentially private",
     "unit": "it protects whom it must",
-    "epsilon": "epsilon of all planned rounds is low enough",
-    "delta": "so is delta",
+    "epsilon": "epsilon of all rounds is low enough",
+    "delta": "delta is low enough",
     "secure aggregation": "nobody sees the silo's single update",
     "participants": "enough silos take part",
     "update size": "no more bytes leave than allowed",
@@ -57,7 +58,8 @@ def new_policy(
     base, silo_id = local_base(federation), _silo(federation, silo)
     image = federation.silo(silo_id).placement.image
     policy_starter.write(output, federation, silo_id, base.digest if base else None, [image] if image and "@" in image else [])
-    typer.echo(f"{output} written; put it into the silo's storage once it says what you want")
+    place = Path(federation.silo(silo_id).storage) / "policy.yaml"
+    typer.echo(f"{output} written; once it says what you want, it belongs into the silo's storage, as {place}")
 
 
 def review(file: File, policy: PolicyFile = None, silo: Silo = None) -> None:
@@ -72,7 +74,7 @@ def review(file: File, policy: PolicyFile = None, silo: Silo = None) -> None:
     asked, based = _asked(federation, silo_id, rules)
     verdicts = judge(rules, asked)
     console = _console()
-    for line in _asks(federation, silo_id):
+    for line in [*_asks(federation, silo_id), *_so_far(federation, silo_id, rules)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print()
     unknown = set() if based else {"base model"}
@@ -94,14 +96,25 @@ def _asks(federation: Federation, silo_id: str) -> list[str]:
         if privacy.of_records
         else "none for single records"
     )
+    most = f.evaluation.max_examples
+    scored = "its valid records" if most is None else f"at most {most} of its valid records"
     sees = "only the sum of all updates" if privacy.secure_aggregation else "each silo's update"
     return [
         f"federation {f.name} asks silo {silo_id}, with {len(f.silos) - 1} others:",
         f"  to train {f.model.base} ({f.model.method}) on its records, {f.rounds.total} rounds of {steps} steps of {batch} examples",
         f"  to send what that changed, in {f.communication.codec}; the coordinator sees {sees}",
-        f"  to score each global on its valid records{' and, at the end, test records' if f.silo(silo_id).test else ''}, and send the sums",
+        f"  to score each global on {scored}{' and, at the end, test records' if f.silo(silo_id).test else ''}, and send the sums",
         f"  differential privacy: {protects}",
     ]
+
+
+def _so_far(federation: Federation, silo_id: str, rules: Policy) -> list[str]:
+    """What the data set's ledger says, where it can be read from here."""
+    from silotune.pipelines.steward import privacy_view
+
+    with contextlib.suppress(SilotuneError):
+        return [f"so far: {privacy_view.told(privacy_view.account(federation, silo_id, [], time.time(), rules))}"]
+    return ["so far: the ledger cannot be read from here"]
 
 
 def _asked(federation: Federation, silo_id: str, rules: Policy) -> tuple[Asked, bool]:
@@ -139,8 +152,13 @@ def _verdict_table(verdicts: list[Verdict], unknown: set[str]) -> Any:
         passed = None if verdict.rule in unknown else verdict.passed
         mark = {True: ("ok", "green"), False: ("NO", "red"), None: ("?", "yellow")}[passed]
         asked = "known once it is fetched" if verdict.rule in unknown else verdict.asked
-        table.add_row(Text(*mark), Text(RULES[verdict.rule]), Text(asked), Text(verdict.allowed))
+        table.add_row(Text(*mark), Text(RULES[verdict.rule]), Text(_shortened(asked)), Text(_shortened(verdict.allowed)))
     return table
+
+
+def _shortened(text: str) -> str:
+    """With the beginnings of digests: they have been compared whole."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", text)
 
 
 def dry_run(
@@ -174,13 +192,17 @@ def dry_run(
 def _told(leaving: Leaving) -> list[str]:
     lines = [f"\n{leaving.key} ({leaving.size} bytes)"]
     if leaving.record is not None:
-        lines += [f"  {name}: {_short(value)}" for name, value in leaving.record.items()]
+        lines += [f"  {name}: {_short(value) if name == 'tensors' else _whole(value)}" for name, value in leaving.record.items()]
     lines += [f"  tensor {name}: {dtype} {shape}" for name, (dtype, shape) in leaving.tensors.items()]
     return lines
 
 
+def _whole(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = _whole(value)
     return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
 
 
@@ -193,7 +215,7 @@ def privacy(
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw it; ends with .svg.")] = None,
 ) -> None:
     """Show what a silo's ledger says: epsilon spent and left, over all federations, and what further rounds would cost."""
-    from silotune.pipelines.steward import privacy_view
+    from silotune.pipelines.steward import privacy_plot, privacy_view
 
     if plot and plot.suffix != ".svg":
         raise FederationError(f"--plot: must end with .svg, got {plot}; it is the one kind that is drawn")
@@ -211,7 +233,15 @@ def privacy(
             console.print(table)
         console.print()
         if plot:
-            plot.write_text(privacy_view.svg(found), encoding="utf-8")
+            _write(plot, privacy_plot.svg(found))
+            console.print(f"drawn to {plot}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FederationError(f"{file}: cannot be written: {error.strerror}; give a place you may write to") from None
 
 
 def _here(federation: Federation) -> list[str]:

@@ -92,6 +92,20 @@ def test_keys_in_one_folder_are_given_out_singly(planned: Any, tmp_path: Path, m
     assert found.environment["SILOTUNE_KEYS"] == str(folder)
 
 
+def test_the_ledger_lies_where_the_policy_says_and_not_in_a_container(
+    planned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(f"dataset: notes\nledger: {{at: {tmp_path / 'books'}}}\n")
+    monkeypatch.setenv("SILOTUNE_POLICY", str(policy))
+    (_, silo), (_, coordinator) = planned("north"), planned("coordinator")
+    assert tmp_path / "books" in silo.write
+    assert tmp_path / "books" not in coordinator.write
+    assert silo.network == "none"
+    policy.write_text("dataset: notes\nledger: {at: 's3://books/north'}\n")
+    assert planned("north")[1].network == "host"
+
+
 def test_the_policy_of_this_machine_holds_in_a_silos_container(planned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("dataset: notes\n")

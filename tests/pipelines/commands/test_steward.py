@@ -52,6 +52,15 @@ def test_a_new_policy_lets_its_federation_through(make_federation: Any, tmp_path
     assert silotune("policy", "new", file, "--silo", "north", "-o", policy)[0] == 2  # never over another one
 
 
+def test_a_new_policy_limits_a_private_federation_to_what_it_asks(make_federation: Any, tmp_path: Path, silotune: Call) -> None:
+    policy, privacy = tmp_path / "p.yaml", {"epsilon": 3.1234567891, "delta": 1e-5}
+    silotune("policy", "new", make_federation(privacy=privacy), "--silo", "north", "-o", policy)
+    found = Policy.load(policy).privacy
+    assert (found.required, found.epsilon.run, found.epsilon.total, found.epsilon.month) == (True, 3.1234567891, 3.1234567891, None)
+    assert silotune("review", make_federation(privacy=privacy), "--silo", "north", "--policy", policy)[0] == 0
+    assert silotune("review", make_federation(privacy=privacy | {"epsilon": 3.13}), "--silo", "north", "--policy", policy)[0] == 4
+
+
 def test_every_line_of_a_new_policy_is_valid_once_it_is_not_a_comment(make_federation: Any, tmp_path: Path, silotune: Call) -> None:
     silotune("policy", "new", make_federation(**PRIVATE), "--silo", "north", "-o", tmp_path / "p.yaml")
     text = (tmp_path / "p.yaml").read_text()
@@ -60,7 +69,12 @@ def test_every_line_of_a_new_policy_is_valid_once_it_is_not_a_comment(make_feder
     opened = opened.replace("[ed25519:…: the coordinator's public key]", "['ed25519:" + "A" * 43 + "=']")
     (tmp_path / "p.yaml").write_text(opened)
     found = Policy.load(tmp_path / "p.yaml")
-    assert found.privacy.epsilon.total == 10.0
+    assert (found.privacy.epsilon.total, found.privacy.epsilon.run, found.privacy.epsilon.month, found.privacy.epsilon.delta) == (
+        8.0,
+        8.0,
+        3.0,
+        1e-3,
+    )
     assert found.max_runs == 3
     assert found.ledger.at == "/srv/silotune/ledger"
     assert found.report == ["steps", "seconds", "epsilon", "delta"]
@@ -165,6 +179,7 @@ def test_a_dry_run_is_held_to_the_policy(make_federation: Any, tmp_path: Path, s
     code, out, _ = silotune("dry-run", file, "--mock", "--silo", "north", "--policy", policy)
     assert code == 0
     assert '  numbers: {"steps": 2.0}' in out
+    assert "  loss: null" in out
     assert "evaluations/" not in out
     assert not (tmp_path / "books").exists()
     code, _, err = silotune("dry-run", file, "--mock", "--silo", "north", "--policy", written(tmp_path, max_update_bytes=100))
@@ -218,13 +233,49 @@ def test_privacy_tells_spent_left_and_what_would_come(spent: Path, tmp_path: Pat
     assert 4 < float(total[1]) < 8
     ahead = [line.split() for line in out.splitlines() if re.match(r"[12] {2,}", line)]
     assert float(ahead[0][3]) <= 8.0 < float(ahead[1][3])
-    assert "refused: month" in out
-    assert "refused: month, total" in out
+    assert [row[4:] for row in ahead] == [["month"], ["month,", "total,", "promise"]]
+    kept = re.search(r"of its promise \(delta 0.001\) +(\S+) +8\.000 +(\S+)", out)  # of four rounds three are done: one is kept within it
+    assert kept
+    assert kept[1] == total[1]
+    assert "│ limit in total, 8" in out
     assert out.count("█") > 20
+    storage = Path(Federation.load(spent).silo("north").storage)
+    assert f"ledger: {storage}/ledger/letters\n" in out
+    assert f"policy: {storage}/policy.yaml\n" in out
+    assert "the next month begins on 2027-02-01 (UTC)" in out
+    assert "written down on 2027-01-15, which this machine's clock has not reached" in out
     drawing = ElementTree.parse(tmp_path / "p.svg").getroot()
     assert drawing.tag.endswith("svg")
-    assert len(drawing.findall("{*}circle")) == 3
-    assert "limit 8" in "".join(drawing.itertext())
+
+
+def test_privacy_reads_every_entry_anew(spent: Path, silotune: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that a volume has, which a training does not read."""
+    from silotune.components.steward import ledger as module
+
+    monkeypatch.setattr(module, "VOLUME", 2)
+    federation = Federation.load(spent)
+    book = Ledger.of(federation, "north", Policy.of(federation, "north"))
+    book.entries()
+    assert book.append(book.entries()[-1].charge, 1.8e9 + 4)
+    entry = Path(federation.silo("north").storage) / "ledger" / "letters" / "000001.json"
+    entry.write_bytes(entry.read_bytes().replace(b'"round":1', b'"round":7'))
+    assert len(Ledger.of(federation, "north", Policy.of(federation, "north")).entries()) == 4
+    code, _, err = silotune("privacy", spent, "--silo", "north")
+    assert (code, "000001.json was altered" in err) == (4, True)
+
+
+def test_a_review_tells_what_is_spent_so_far(spent: Path, silotune: Call) -> None:
+    code, out, err = silotune("review", spent, "--silo", "north")
+    assert code == 0, err
+    assert re.search(r"so far: 3 trainings on data set 'letters'; epsilon \d\.\d+ of 7 this month, epsilon \d\.\d+ of 8 in total", out)
+
+
+def test_a_review_says_where_single_records_are_scored(make_federation: Any, tmp_path: Path, silotune: Call) -> None:
+    file = make_federation(evaluation={"max_examples": 1})
+    assert (
+        "score each global on at most 1 of its valid records"
+        in silotune("review", file, "--silo", "north", "--policy", written(tmp_path))[1]
+    )
 
 
 def test_privacy_of_a_silo_that_has_not_trained(make_federation: Any, silotune: Call) -> None:
@@ -261,3 +312,5 @@ def test_a_plot_is_of_one_silo_and_one_kind(make_federation: Any, tmp_path: Path
     keys.ensure(Federation.load(file))
     assert "must end with .svg" in silotune("privacy", file, "--plot", tmp_path / "p.png")[2]
     assert "name one with --silo" in silotune("privacy", file, "--plot", tmp_path / "p.svg")[2]
+    code, _, err = silotune("privacy", file, "--silo", "north", "--plot", tmp_path / "nowhere" / "p.svg")
+    assert (code, "p.svg: cannot be written" in err) == (2, True)
