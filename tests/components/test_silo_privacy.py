@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from silotune.components.aggregate import lost_global, releases
 from silotune.components.errors import FederationError, RefusedError, SilotuneError, UnreachableError
 from silotune.components.federation import Federation
 from silotune.components.learning.privacy import gaussian, prefix_tree
+from silotune.components.learning.privacy.accounting import Mechanism, epsilon
 from silotune.components.learning.privacy.noise import grid_of
 from silotune.components.learning.privacy.silo_noise import SHARE
 from silotune.components.provenance import chain
@@ -143,6 +145,19 @@ def test_a_sum_that_the_budget_does_not_hold_is_not_published(file: Any, tmp_pat
         trials.close(path, turn)
     assert caught.value.reason == "budget"
     assert trials.rounds_of(path).latest().round == 1
+
+
+@pytest.mark.parametrize("mechanism", ["gaussian", "tree"])
+def test_the_coordinator_needs_no_accountant_for_it(file: Any, tmp_path: Path, monkeypatch: Any, mechanism: str) -> None:
+    """Its image is without dp-accounting and SciPy."""
+    for name in ("dp_accounting", "scipy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    path = file(silo={"mechanism": mechanism})
+    turn = trials.begin(path)
+    sent(path, turn, tmp_path)
+    assert trials.close(path, turn).guards["silo epsilon"] > 0
+    with pytest.raises(SilotuneError, match=r"dp-accounting: is needed .* in the silo's image"):
+        epsilon([Mechanism(sampling_probability=0.01, noise_multiplier=1.37, steps=3)], DELTA)
 
 
 def test_a_higher_promise_goes_on_from_what_is_spent(file: Any, tmp_path: Path) -> None:

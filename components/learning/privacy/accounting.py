@@ -24,7 +24,7 @@ from typing import Any
 
 from pydantic import Field
 
-from silotune.components.errors import RefusedError
+from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.terms.privacy import Privacy
 from silotune.components.terms.section import Positive, Section
 from silotune.components.terms.training import Training
@@ -77,10 +77,11 @@ def epsilon(spent: Spent, delta: float) -> float:
 
 def rdp_epsilon(spent: Spent, delta: float) -> float:
     """The same by Rényi moments: a bound, too, and never to be far below `epsilon`."""
+    _check_delta(delta)
+    _require_library()
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
     from dp_accounting.rdp import RdpAccountant
 
-    _check_delta(delta)
     accountant = RdpAccountant()
     for q, z, steps in _tally(spent):
         accountant.compose(PoissonSampledDpEvent(q, GaussianDpEvent(z)) if q < 1 else GaussianDpEvent(z), steps)
@@ -226,12 +227,25 @@ def _composed(q: float, z: float, steps: int, interval: float) -> Any:
 
 @lru_cache(32)
 def _single(q: float, z: float, interval: float) -> Any:
+    _require_library()
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 
     return from_gaussian_mechanism(
         z, value_discretization_interval=interval, sampling_prob=q, neighboring_relation=NeighboringRelation.REPLACE_SPECIAL
     )
+
+
+def _require_library() -> None:
+    """Only silos add up ε of records. What the coordinator adds up is in closed form (`gaussian`), so that its image is without dp-accounting, and
+    SciPy, which that brings."""
+    try:
+        import dp_accounting  # noqa: F401
+    except ModuleNotFoundError:
+        raise SilotuneError(
+            "dp-accounting: is needed to add up epsilon of records, and is not installed here; do it in the silo's image, or where all of silotune is",
+            "no accounting",
+        ) from None
 
 
 def _rounded_up(value: float) -> float:
