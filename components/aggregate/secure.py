@@ -16,7 +16,7 @@ from silotune.components.errors import QuorumError, RefusedError
 from silotune.components.federation import Agreement
 from silotune.components.process.progress import tell
 from silotune.components.protocol import Contribution, Plan
-from silotune.components.rounds import Rounds
+from silotune.components.rounds import CorruptObject, Rounds
 from silotune.components.secure_sum import terms as secure_terms
 from silotune.components.secure_sum.records import (
     MaskedVector,
@@ -30,6 +30,7 @@ from silotune.components.secure_sum.records import (
 from silotune.components.store.store_blob import StoreBlob
 
 if TYPE_CHECKING:
+    from silotune.components.learning.privacy.masked_vector import VectorDamaged
     from silotune.components.learning.privacy.masking import Mask
 
 SUM = "sum.safetensors"
@@ -62,7 +63,7 @@ def secure_sum(rounds: Rounds, plan: Plan, agreement: Agreement, survivors: Surv
     Raises:
         QuorumError: too few silos have told their shares so far.
         RefusedError: a record was altered; a silo has dealt shares that are not of one secret; a vector is damaged, which is deleted then, so
-            that its silo sends it again.
+            that its silo sends it again; the sum is larger than clipped updates can make it.
         ObjectMissing: a vector is gone.
     """
     from silotune.components.learning.privacy.masked_vector import Vector, VectorDamaged, write_sum
@@ -72,14 +73,30 @@ def secure_sum(rounds: Rounds, plan: Plan, agreement: Agreement, survivors: Surv
     schema = rounds.json_object(plan.participants[min(records)].tensors)
     size = secure_terms.vector_bytes(agreement, schema)
     vectors = [Vector(s, StoreBlob(rounds.store, rounds.object_key(r.object, s), size), r.object) for s, r in sorted(records.items())]
-    masks = _masks(secure, agreement, survivors)
-    path = folder / SUM
+    point, path = secure_terms.fixed_point(agreement, schema), folder / SUM
     try:
-        write_sum(path, vectors, masks, secure_terms.fixed_point(agreement, schema), schema)
+        norm = write_sum(path, vectors, _masks(secure, agreement, survivors), point, schema)
     except VectorDamaged as error:
-        rounds.store.delete(rounds.object_key(records[error.silo].object, error.silo))  # what is there, is not written
+        _require_whole(rounds, plan, error, records[error.silo], folder)
+        norm = write_sum(path, vectors, _masks(secure, agreement, survivors), point, schema)  # it was damaged on the way only
+    weights = {silo: secure_terms.weight(agreement, silo) for silo in sorted(records)}
+    most = point.most(sum(weights.values()), len(weights), secure_terms.size_of(schema))
+    if not norm <= most:
+        raise RefusedError(
+            f"round {plan.round} stays open: its sum has a norm of {norm:.4g}, clipped updates add up to {most:.4g} at most; a silo has sent other "
+            "numbers than its update's, and nobody can see which: take out whom you suspect, which ends the round without a result",
+            "guard",
+        )
+    return SecureSum(path, records, weights)
+
+
+def _require_whole(rounds: Rounds, plan: Plan, error: VectorDamaged, record: MaskedVector, folder: Path) -> None:
+    """Raises RefusedError where a vector is damaged in the store; it is deleted then, because what is there is not written."""
+    try:
+        rounds.fetch_object(record.object, folder / "vector", error.silo).unlink()
+    except CorruptObject:
+        rounds.store.delete(rounds.object_key(record.object, error.silo))
         raise RefusedError(f"round {plan.round} stays open: {error}", error.reason) from None
-    return SecureSum(path, records, {silo: secure_terms.weight(agreement, silo) for silo in sorted(records)})
 
 
 def _masks(secure: SecureRound, agreement: Agreement, survivors: Survivors) -> list[Mask]:
@@ -89,9 +106,8 @@ def _masks(secure: SecureRound, agreement: Agreement, survivors: Survivors) -> l
 
     first, roster = secure.roster("share"), secure.roster("mask")
     if first is None or roster is None or roster.digest != survivors.roster:
-        raise RefusedError(
-            f"round {secure.number}: the rosters of its survivors are gone or altered; restore them from a backup", "record gone"
-        )
+        gone = secure.roster_key("share" if first is None else "mask")
+        raise RefusedError(f"{gone}: is gone, or is not the one that the survivors name; restore it from a backup", "record gone")
     keys = {silo: secure.named(MaskKeys, silo, first.members[silo]) for silo in roster.members}
     dealt = {silo: secure.named(SealedShares, silo, digest) for silo, digest in roster.members.items()}
     openings = _openings(secure, agreement, survivors, dealt)

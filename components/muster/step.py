@@ -81,6 +81,8 @@ class Muster:
 
     def to_share(self) -> bool:
         """Those whose keys are there; silos that show the same key are all left out."""
+        from silotune.components.learning.privacy.agreed_keys import is_key
+
         if self.secure.roster("share"):
             return True
         silo_promise.secure_epsilon_with(self.secure.rounds, self.plan, self.agreement)
@@ -88,10 +90,13 @@ class Muster:
         shown = Counter(key for record in found.values() for key in (record.sealing, record.masking))
         members = {}
         for silo, record in found.items():
-            if shown[record.sealing] == shown[record.masking] == 1 and record.sealing != record.masking:
-                members[silo] = record.digest
-            else:
+            keys = (record.sealing, record.masking)
+            if any(shown[key] > 1 for key in keys):
                 tell("muster", "warned", silo, detail="it shows a key that is another's, and is left out")
+            elif not all(is_key(bytes.fromhex(key)) for key in keys):
+                tell("muster", "warned", silo, detail="it shows a key by which no secret can be agreed on, and is left out")
+            else:
+                members[silo] = record.digest
         return self._enough(members) and self._fixed("share", members)
 
     def to_mask(self) -> bool:
@@ -143,8 +148,8 @@ class Muster:
         if not start < record.cursor <= start + secure_terms.examples(self.agreement, record.silo):
             tell("muster", "warned", record.silo, detail=f"its data cursor is {record.cursor}, the plan's {start}; it is left out")
             return False
-        schema = rounds.json_object(self.plan.participants[record.silo].tensors)
-        return rounds.store.size(rounds.object_key(record.object, record.silo)) == secure_terms.vector_bytes(self.agreement, schema)
+        size = secure_terms.vector_bytes(self.agreement, rounds.json_object(self.plan.participants[record.silo].tensors))
+        return record.bytes == size == rounds.store.size(rounds.object_key(record.object, record.silo))
 
     def _found(self, kind: type[A], silos: Iterable[str]) -> dict[str, A]:
         records, bad = self.secure.believed(kind, silos)

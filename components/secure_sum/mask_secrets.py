@@ -99,7 +99,12 @@ class MaskSecrets:
 
     def opened(self) -> list[Opened]:
         path = self._folder / "opened.json"
-        return [Opened.model_validate(o) for o in json.loads(path.read_bytes())] if path.exists() else []
+        try:
+            return [Opened.model_validate(o) for o in json.loads(path.read_bytes())] if path.exists() else []
+        except ValueError:  # of JSON, or of a model
+            raise RefusedError(
+                f"{path}: cannot be read, and says which sums this silo has helped to open; put it back from a backup", "sum memory damaged"
+            ) from None
 
     def require_fresh(self, start: int, number: int) -> None:
         """Before an update is masked: none of its examples is of a stretch that went into a sum of another round.

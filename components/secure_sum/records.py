@@ -185,7 +185,7 @@ class SecureRound:
 
     def roster(self, stage: Stage) -> Roster | None:
         """Raises RefusedError where it is of something else."""
-        key = self.key(str(self.attempt), "rosters", f"{stage}.json")
+        key = self.roster_key(stage)
         try:
             found = self.rounds.read(Roster, key)
         except ObjectMissing:
@@ -195,7 +195,10 @@ class SecureRound:
         return found
 
     def write_roster(self, roster: Roster) -> Roster:
-        return self.rounds.create(roster, self.key(str(self.attempt), "rosters", f"{roster.stage}.json"))
+        return self.rounds.create(roster, self.roster_key(roster.stage))
+
+    def roster_key(self, stage: Stage) -> str:
+        return self.key(str(self.attempt), "rosters", f"{stage}.json")
 
     def survivors(self) -> Survivors | None:
         """Of the round, in whatever attempt. Raises RefusedError where they are of another plan."""

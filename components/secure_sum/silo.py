@@ -12,6 +12,7 @@ these vectors were masked against that roster; else some of them could have been
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,9 @@ class SiloPart:
         with beating("masking"):
             point = secure_terms.fixed_point(self.agreement, schema)
             norm = sum(sum_of_squares(update.read(name)) for name in update.entries) ** 0.5
+            if not math.isfinite(norm):
+                rule = f"its update is not finite, and was damaged on this machine; delete {self.home / UPDATE}, and run again"
+                raise self._refused(rule, "non-finite update")
             factor = clipping_factor(norm, point.clip) * secure_terms.weight(self.agreement, self.silo)
             path = self.home / VECTOR
             noise = Noise(self.secrets.noise(self.secure.number, self.secure.plan), point.noise) if point.noise else None
@@ -228,6 +232,8 @@ class SiloPart:
         Raises:
             RefusedError: the roster would not protect this silo.
         """
+        from silotune.components.learning.privacy.agreed_keys import is_key
+
         if self.silo not in roster.members:
             raise self._refused("the roster leaves it out", "not in the roster")
         if strangers := sorted(set(roster.members) - set(self.plan.participants)):
@@ -235,6 +241,9 @@ class SiloPart:
         if len(roster.members) < self.few:
             raise self._refused(f"the roster has {len(roster.members)} silos, needs {self.few}", "roster too small")
         peers = {silo: self.secure.named(MaskKeys, silo, digest) for silo, digest in roster.members.items()}
+        for silo, shown in peers.items():
+            if not (is_key(bytes.fromhex(shown.sealing)) and is_key(bytes.fromhex(shown.masking))):
+                raise self._refused(f"by a key of {silo} no secret can be agreed on; look into that silo", f"bad key of {silo}")
         own = self._public(self._own())
         if (peers[self.silo].sealing, peers[self.silo].masking) != (own.sealing, own.masking):
             raise self._refused("the roster names other keys as its own; take part in the next attempt", "mask secrets gone")
@@ -263,7 +272,7 @@ class SiloPart:
         found = {}
         for dealer, digest in sorted(roster.members.items()):
             dealt = self.secure.named(SealedShares, dealer, digest)
-            bad = self._refused(f"the shares of {dealer} are not as the protocol has them; look into that silo", "bad shares")
+            bad = self._refused(f"the shares of {dealer} are not as the protocol has them; look into that silo", f"bad shares of {dealer}")
             if dealt.roster != first.digest or dealt.shares.keys() != first.members.keys():
                 raise bad
             share = dealt.shares[self.silo]
@@ -316,23 +325,17 @@ class SiloPart:
         from silotune.components.learning.privacy.agreed_keys import shared_key
 
         private, public = bytes.fromhex(self._own().sealing), bytes.fromhex(peer.sealing)
-        try:
-            return shared_key(private, public, self.secure.context, f"share {dealer} {holder}")
-        except ValueError:
-            raise self._refused(f"the key of {peer.silo} is none; look into that silo", "bad key") from None
+        return shared_key(private, public, self.secure.context, f"share {dealer} {holder}")
 
     def _masks(self, roster: Roster, peers: Mapping[str, MaskKeys]) -> list[Mask]:
         from silotune.components.learning.privacy.masking import pair_mask, self_mask
 
         own, context = self._own(), self.secure.context
-        try:
-            pairs = [
-                pair_mask(self.silo, other, bytes.fromhex(own.masking), bytes.fromhex(peers[other].masking), context)
-                for other in sorted(roster.members)
-                if other != self.silo
-            ]
-        except ValueError:
-            raise self._refused("the key of another silo is none; look into the others", "bad key") from None
+        pairs = [
+            pair_mask(self.silo, other, bytes.fromhex(own.masking), bytes.fromhex(peers[other].masking), context)
+            for other in sorted(roster.members)
+            if other != self.silo
+        ]
         return [self_mask(bytes.fromhex(own.seed), context), *pairs]
 
     def _about(self, roster: Roster, dealer: str, holder: str) -> bytes:

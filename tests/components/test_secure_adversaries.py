@@ -146,7 +146,7 @@ def test_shares_that_are_not_what_they_should_be(tmp_path: Path, how: str) -> No
     forged = forge(course, course.secure.place(SealedShares, "bo"), dealt, shares=shares, **more)
     standing = roster(course, "mask")
     forge(course, roster_key(course, "mask"), standing, members=standing.members | {"bo": forged.digest})
-    assert course.box("mask", "ada") == "ada refused: bad shares"
+    assert course.box("mask", "ada") == "ada refused: bad shares of bo"
     assert course.secure.read(MaskedVector, "ada") is None
 
 
@@ -304,6 +304,64 @@ def test_a_policy_that_wants_more_silos_in_a_sum_than_the_terms(tmp_path: Path) 
 
 
 # Silos that play false
+
+
+@pytest.mark.parametrize("which", ["sealing", "masking"])
+def test_a_silo_whose_key_gives_all_the_same_secret_is_left_out(tmp_path: Path, which: str) -> None:
+    course = SecureCourse(tmp_path)
+    for silo in SILOS:
+        course.train(silo)
+    theirs = course.secure.read(MaskKeys, "di")
+    assert theirs is not None
+    weak = forge(course, course.secure.place(MaskKeys, "di"), theirs, **{which: "01" + "00" * 31})
+    assert course.stage("share") == [f"{s} ok" for s in SILOS[:3]] + ["di ok: nothing to do"]
+    standing = roster(course, "share")
+    forge(course, roster_key(course, "share"), standing, members=standing.members | {"di": weak.digest})
+    course.rounds.store.delete(course.secure.place(SealedShares, "ada"))
+    assert course.box("share", "ada") == "ada refused: bad key of di", "a coordinator that takes it in gains nothing"
+
+
+def test_a_vector_that_is_no_clipped_update_makes_no_global(tmp_path: Path) -> None:
+    """Nobody sees whose numbers are too large; but a sum of clipped updates is no larger than their clips."""
+    course = reach(SecureCourse(tmp_path), "confirm")
+    course.rounds.store.delete(course.secure.key("survivors.json"))
+    sent = course.secure.read(MaskedVector, "di")
+    assert sent is not None
+    vector = np.frombuffer(course.path(course.rounds.object_key(sent.object, "di")).read_bytes(), "<u4")
+    (tmp_path / "hostile").write_bytes((vector + np.uint32(1 << 28)).tobytes())
+    forge(course, course.secure.place(MaskedVector, "di"), sent, object=course.rounds.put_object(tmp_path / "hostile", "di"))
+    statuses = [*course.stage("confirm"), *course.stage("unmask")]
+    assert statuses == [f"{s} ok" for s in SILOS] * 2
+    with pytest.raises(RefusedError, match=r"its sum has a norm of .*, clipped updates add up to 8 at most"):
+        aggregate.work(str(course.file), course.turn, *statuses)
+    assert course.rounds.latest().round == 0  # type: ignore[union-attr]
+
+
+def test_a_vector_of_another_size_than_it_says_is_left_out(tmp_path: Path) -> None:
+    course = reach(SecureCourse(tmp_path), "confirm")
+    course.rounds.store.delete(course.secure.key("survivors.json"))
+    sent = course.secure.read(MaskedVector, "bo")
+    assert sent is not None
+    forge(course, course.secure.place(MaskedVector, "bo"), sent, bytes=2**60)
+    course.stage("confirm", without=SILOS)
+    survivors = course.secure.survivors()
+    assert survivors is not None
+    assert set(survivors.members) == {"ada", "cy", "di"}
+
+
+def test_an_update_that_was_damaged_in_the_silo_is_not_masked(tmp_path: Path) -> None:
+    course = reach(SecureCourse(tmp_path), "mask")
+    path = course.home("ada") / UPDATE
+    data = bytearray(path.read_bytes())
+    data[-4:] = np.array([np.inf], "<f4").tobytes()
+    path.write_bytes(data)
+    assert course.box("mask", "ada") == "ada refused: non-finite update"
+
+
+def test_a_silo_whose_memory_of_sums_is_damaged_helps_with_none(tmp_path: Path) -> None:
+    course = reach(SecureCourse(tmp_path), "confirm")
+    (course.home("ada") / "secagg" / "opened.json").write_text("[{")
+    assert course.box("confirm", "ada") == "ada refused: sum memory damaged"
 
 
 def test_a_holder_that_tells_other_shares_is_passed_over(tmp_path: Path) -> None:

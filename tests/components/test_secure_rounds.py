@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.protocol import Commit, Turn
 from silotune.components.provenance import chain
 from silotune.components.secure_sum.silo import UPDATE
+from silotune.components.store.store_blob import StoreBlob
 from silotune.pipelines.status import status
 
 SILOS = ("ada", "bo", "cy", "di")
@@ -174,6 +176,28 @@ def test_a_vector_that_the_store_damaged_is_sent_again_with_the_same_bytes(tmp_p
     course.open()
     updates = {s: course.tensors(s) for s in SILOS}
     assert_mean_of(course, course.try_round(), updates)
+
+
+def test_a_vector_that_is_damaged_on_the_way_only_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its silo may be gone by now, and could not send it again."""
+    course = SecureCourse(tmp_path)
+    updates = {s: course.tensors(s) for s in SILOS}
+    statuses = [course.train(s) for s in SILOS]
+    for stage in ("share", "mask", "confirm", "unmask"):
+        statuses += course.stage(stage)
+    reads = []
+
+    def harmed(blob: StoreBlob, start: int, end: int, inner: Any = StoreBlob.read) -> bytes:
+        data = bytearray(inner(blob, start, end))
+        reads.append(blob.key)
+        data[0] ^= len(reads) == 2
+        return bytes(data)
+
+    monkeypatch.setattr(StoreBlob, "read", harmed)
+    aggregate.work(str(course.file), course.turn, *statuses)
+    monkeypatch.undo()
+    assert len(reads) == 2 * len(SILOS)
+    assert_mean_of(course, course.rounds.commit(1), updates)
 
 
 def test_a_lost_global_is_made_again_from_its_masked_vectors(tmp_path: Path) -> None:

@@ -38,6 +38,11 @@ def last_updates(simulation: Simulation) -> dict[str, dict[str, np.ndarray]]:
     return {silo: open_tensor_file(home / UPDATE).read_all() for silo, home in homes.items()}
 
 
+def kept_secrets(simulation: Simulation) -> set[str]:
+    homes = [silo_home(simulation.federation, s) for s in simulation.federation.silos]
+    return {path.name for home in homes for path in (home / "secagg").iterdir()}
+
+
 def state(rounds: Rounds, digest: str, folder: Path) -> dict[str, np.ndarray]:
     return open_tensor_file(rounds.fetch_object(digest, folder / "state")).read_all()
 
@@ -91,6 +96,9 @@ def test_full_fine_tuning_under_secure_aggregation_with_a_silo_that_dies(
     (result,) = simulation.run()
     assert result.missing == {"north": "failed: killed by signal 9"}
     commit = simulation.rounds.commit(1)
+    assert kept_secrets(simulation) == {"00001-1.json", "00001-1.masked", "opened.json"}
+    simulation.test()
+    assert kept_secrets(simulation) == {"opened.json"}, "also those of the last round are gone, behind which no next one comes"
     updates = {s: u for s, u in last_updates(simulation).items() if s != "north"}
     mean = quantised_mean(updates, dict.fromkeys(updates, 1.0), clip=CLIP)
     before, after = (state(simulation.rounds, d, tmp_path) for d in (commit.incoming or "", commit.outgoing))

@@ -22,6 +22,15 @@ def public_key(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
+def is_key(public: bytes) -> bool:
+    """Whether a secret can be agreed on by it: by the few points of small order all get the same."""
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        return False
+    return True
+
+
 def shared_key(private: bytes, public: bytes, context: bytes, purpose: str) -> bytes:
     """32 bytes that the holders of both private keys make alike.
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 WIDTHS = (32, 64)
+SLACK = 1e-6  # relative: more than floating-point numbers can have been wrong in the norms
 TAILS = 12  # a normal number is further off with probability 2^-108
 BLOCK = 1 << 15  # numbers worked on at a time, so that all that is made of them stays in the processor's cache
 
@@ -58,6 +59,17 @@ class FixedPoint:
     def dtype(self) -> np.dtype[np.unsignedinteger]:
         """Of the ring's numbers as they are stored: little-endian, unsigned."""
         return np.dtype(f"<u{self.width // 8}")
+
+    def most(self, weight: float, silos: int, numbers: int) -> float:
+        """L2 norm that a sum has at most: the clips by their weights, half a quantum of rounding in every number of every silo, and noise.
+
+        Args:
+            weight: that of all silos in the sum together.
+            silos: in the sum.
+            numbers: of the vector.
+        """
+        rounding, noise = silos * math.sqrt(numbers) / 2, self.noise * math.sqrt(silos) * (math.sqrt(numbers) + TAILS)
+        return weight * self.clip * (1 + SLACK) + self.quantum * (rounding + noise)
 
     def encode(self, x: np.ndarray, factor: float) -> np.ndarray:
         """round(x · factor / q), ties to even, as numbers of the ring.
