@@ -25,13 +25,14 @@ from damage import Damage, alter
 from faults import FaultyProxy
 from invariants import Broken, Course, require
 from life import Gate, Life, prepare
-from scenario import S3_VARIABLE, SILOS, STEPS, Ordeal, Scenario, Trap
+from scenario import FOUR, S3_VARIABLE, SILOS, STEPS, Ordeal, Scenario, Trap
 
 from silotune.components.federation import Federation
 from silotune.components.rounds import Rounds
 
 MOST_LIVES = 12
-LIFE_SECONDS, SCENARIO_SECONDS = 90.0, 300.0
+LIFE_SECONDS, SCENARIO_SECONDS = 240.0, 900.0  # many times what they take on a machine that is not busy
+CLIP = 0.05  # that binds, where silos clip
 BUCKET = "chaos"
 SERVER = """
 import sys
@@ -70,24 +71,28 @@ class World:
     def base(self) -> Path:
         return self.folder / "base"
 
-    def federation(self, folder: Path, rounds: int, quorum: int, **more: Any) -> Path:
+    def federation(self, folder: Path, rounds: int, quorum: int, *, secure: bool = False, **more: Any) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         terms = {"steps": STEPS, "batch_size": 3, "learning_rate": 0.01}
         asked = {"total": rounds, "quorum": quorum, "checkpoint_every": 1}
         model = {"base": str(self.base), "lora": {"r": 2, "alpha": 4, "dropout": 0.1, "target_modules": "all-linear"}}
-        file: Path = fixtures.write_federation(folder, self.base, SILOS, model=model, rounds=asked, training=terms, **more)
+        if secure:
+            more |= {"privacy": {"secure_aggregation": {}}, "aggregation": {"weights": "uniform", "clip": {"norm": CLIP}}}
+        silos = FOUR if secure else SILOS
+        file: Path = fixtures.write_federation(folder, self.base, silos, model=model, rounds=asked, training=terms, **more)
         return file
 
-    def reference(self, course: Course, rounds: int) -> list[str]:
+    def reference(self, course: Course, scenario: Scenario) -> list[str]:
         """The globals of a federation in which exactly these silos deliver, all of them in the rounds to come, and nothing goes wrong; made once."""
-        course = (*course, *[(SILOS, ())] * (rounds - len(course)))
-        absent = {n: sorted(set(SILOS) - set(parts)) for n, (parts, _) in enumerate(course, 1)}
-        name = "-".join([str(rounds), *("+".join(parts) for parts, _ in course)])
+        rounds, silos = scenario.rounds, scenario.silos
+        course = (*course, *[(silos, ())] * (rounds - len(course)))
+        absent = {n: sorted(set(silos) - set(parts)) for n, (parts, _) in enumerate(course, 1)}
+        name = "-".join([*(["secure"] if scenario.secure else []), str(rounds), *("+".join(parts) for parts, _ in course)])
         known = self.folder / "references" / f"{name}.json"
         if not known.exists():
             folder = known.with_suffix(f".{os.getpid()}.folder")
-            file = self.federation(folder, rounds, quorum=min([3, *(len(parts) for parts, _ in course)]))
-            running = start(Life(file, Board(), absent=absent), folder / "log", {})
+            file = self.federation(folder, rounds, quorum=min([3, *(len(parts) for parts, _ in course)]), secure=scenario.secure)
+            running = start(Life(file, Board(), absent=absent, silos=silos, secure=scenario.secure), folder / "log", {})
             watch([running], time.monotonic() + LIFE_SECONDS)
             require(running.board.result.get("code") == 0, f"the undisturbed reference {name} fails: {running.board.result}")
             part = known.with_suffix(f".{os.getpid()}")
@@ -200,7 +205,7 @@ class Scene:
         if s3:
             os.environ["AWS_ENDPOINT_URL"] = self.world.s3()
         more = {"storage": {"root": f"s3://{self.world.bucket}/{self.folder.name}-{os.getpid()}-{time.time_ns()}"}} if s3 else {}
-        self.file = self.world.federation(self.folder, self.scenario.rounds, self.scenario.quorum, **more)
+        self.file = self.world.federation(self.folder, self.scenario.rounds, self.scenario.quorum, secure=self.scenario.secure, **more)
         self.federation = Federation.load(self.file)
         self.committed: dict[int, str] = {}
         self.damages: list[Damage] = []
@@ -216,7 +221,7 @@ class Scene:
             self.live(number, ordeal)
             if ordeal.damage and (damage := alter(self.rounds(), ordeal.damage, self.scenario.rng("damage", number))):
                 self.damages.append(damage)
-                self.tally[f"fault: altered {damage.what}"] += 1
+                self.tally[f"fault: {damage.told}"] += 1
         self.done = False  # what was altered since is to be met
         for number in range(len(self.scenario.ordeals), MOST_LIVES):
             self.live(number, Ordeal())
@@ -227,6 +232,7 @@ class Scene:
         rounds = self.rounds()
         self.committed = invariants.stands(rounds, self.committed)
         require(len(self.committed) == self.scenario.rounds + 1, f"{len(self.committed) - 1} rounds are committed")
+        self.tally["secure sums opened"] += self.scenario.secure * self.scenario.rounds
         self._count_work(rounds)
 
     def live(self, number: int, ordeal: Ordeal) -> None:
@@ -237,12 +243,19 @@ class Scene:
             both = [ordeal.trap, *([ordeal.twin] if ordeal.twinned else [])]
             lives = [
                 start(
-                    Life(self.file, Board(), trap), self.folder / f"life-{number}-{i}.log", environment, self.scenario, faults, (number, i)
+                    Life(self.file, Board(), trap, silos=self.scenario.silos, secure=self.scenario.secure, dead=ordeal.dead),
+                    self.folder / f"life-{number}-{i}.log",
+                    environment,
+                    self.scenario,
+                    faults,
+                    (number, i),
                 )
                 for i, trap in enumerate(both)
             ]
             watch(lives, time.monotonic() + LIFE_SECONDS)
         self.tally["second runs at once"] += len(lives) - 1
+        for death in ordeal.dead:
+            self.tally[f"fault: silo dead before {death.stage}"] += 1
         self.messages = [m for one in lives for m in one.board.result.get("messages", [])]
         for one in lives:
             self._count(one)
@@ -258,7 +271,10 @@ class Scene:
         self.committed = invariants.stands(rounds, self.committed)
         if self.committed:
             invariants.only_what_is_committed_shows(self.federation, rounds)
-            invariants.same_globals(rounds, lambda course: self.world.reference(course, self.scenario.rounds))
+            invariants.same_globals(rounds, lambda course: self.world.reference(course, self.scenario))
+            if self.scenario.secure:
+                for number in range(1, max(self.committed) + 2):
+                    invariants.one_sum_is_opened(rounds, number)
 
     def _after(self, damage: Damage, sole: bool) -> None:
         """What a life had to make of an altered object: it says which one it is, or has mended it, or had no use for it."""
@@ -269,7 +285,7 @@ class Scene:
         self.tally["refusals that name the object"] += named
         if damage.mends:
             self.tally["mended by itself"] += not damage.there(store)
-        elif damage.there(store) and (damage.what == "record" or named):
+        elif damage.there(store) and (damage.what in ("record", "withheld") or named):
             chained = any(part in damage.key for part in ("commit.json", "plan.json", "audit/", "agreements/"))
             require(named or not chained or invariants.noticed(self.rounds), f"nothing names {damage.key}, which was altered")
             damage.restore(store)

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from damage import Damage
-from scenario import SILOS, STEPS
+from scenario import FOUR, STEPS
+from secure_courses import quantised_mean
 
 from silotune.components.aggregate.lost_global import fetch_global
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Federation
+from silotune.components.learning.tensor_file import open_tensor_file
+from silotune.components.learning.update import read_header
 from silotune.components.provenance import chain
 from silotune.components.rounds import Rounds
+from silotune.components.secure_sum.records import Opening, SecureRound
+from silotune.components.secure_sum.silo import UPDATE
+from silotune.components.silo_job import silo_home
 from silotune.components.store.object_store import PROBE
 from silotune.pipelines.status import status
 
 HEX = r"[0-9a-f]{64}"
-SILO = f"({'|'.join(SILOS)})"
+SILO = f"({'|'.join(FOUR)})"
 VISIBLE = re.compile(  # every kind of key that the protocol knows, see `rounds`
     rf"agreements/{HEX}\.json|objects/{HEX}|contributions/{SILO}/{HEX}|audit/\d{{6}}\.json|rounds/00000/commit\.json"
     rf"|rounds/\d{{5}}/(plan|commit|attempts/\d+|reports/\d+/{SILO}|updates/{SILO}(\.\d+)?|refusals/{SILO}(\.\d+)?)\.json"
+    rf"|rounds/\d{{5}}/secagg/(survivors|\d+/rosters/(share|mask)|\d+/(keys|shares|masked|confirmations|openings)/{SILO})\.json"
     rf"|evaluations/{HEX}/{SILO}/(valid|test)-[0-9a-f]{{16}}\.json|exports/{HEX}\.json|exports/[0-9a-f]{{16}}-[0-9a-f]{{16}}/[A-Za-z0-9._-]+"
 )
 Course = tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]  # by round from 1 on: who took part, and with how many steps
@@ -84,6 +92,45 @@ def same_globals(rounds: Rounds, reference: Callable[[Course], list[str]]) -> No
     for number, (ours, theirs) in enumerate(zip(got, wanted, strict=False)):
         require(ours == theirs, f"round {number}: its global is {ours[:12]}…, undisturbed it is {theirs[:12]}…")
     require(len(got) <= len(wanted), f"{len(got)} rounds are committed, undisturbed {len(wanted)}")
+
+
+def one_sum_is_opened(rounds: Rounds, number: int) -> None:
+    """In whatever attempts of a round, all shares that were told are of the same survivors, and never of both secrets of one silo."""
+    plan = rounds.plan(number)
+    attempts = {
+        key.split("/")[4] for key in rounds.store.list(rounds.key("rounds", f"{number:05d}", "secagg") + "/") if "/openings/" in key
+    }
+    if plan is None or not attempts:
+        return
+    require(len(attempts) == 1, f"round {number}: shares are told in attempts {', '.join(sorted(attempts))}")
+    told, _ = SecureRound(rounds, number, int(attempts.pop()), plan.digest).believed(Opening, FOUR)
+    require(len({o.survivors for o in told.values()}) <= 1, f"round {number}: shares are told of two sets of survivors")
+    both = {silo for o in told.values() for silo in o.seeds} & {silo for o in told.values() for silo in o.keys}
+    require(not both, f"round {number}: both secrets are told of {', '.join(sorted(both))}")
+
+
+def require_exact_sum(file: Path, number: int) -> None:
+    """Of an undisturbed round that was summed securely: bit for bit the plain sum of the whole numbers that its silos' updates are."""
+    federation = Federation.load(file)
+    rounds = Rounds.of(federation)
+    commit, clip = rounds.commit(number), federation.aggregation.clip
+    assert clip
+    assert clip.norm
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = (
+            open_tensor_file(rounds.fetch_object(d, Path(folder) / d)).read_all() for d in (commit.incoming or "", commit.outgoing)
+        )
+    updates = {}
+    for silo in commit.contributions:
+        path = silo_home(federation, federation.silo(silo)) / UPDATE
+        require(read_header(path).plan == commit.plan, f"round {number}: {silo} keeps no update of it")
+        updates[silo] = open_tensor_file(path).read_all()
+    mean = quantised_mean(updates, dict.fromkeys(updates, 1.0), clip=clip.norm)
+    for name, array in after.items():
+        require(
+            (array == (before[name] + mean[name]).astype("float32")).all(),
+            f"round {number}: {name} is not the quantised sum of {sorted(updates)}",
+        )
 
 
 def unbroken(federation: Federation, open_rounds: Callable[[], Rounds], left: list[Damage], scratch: Path) -> int:

@@ -17,7 +17,8 @@ from typing import Any
 import traps
 from board import Board
 from faults import FaultyStore
-from scenario import SILOS, Scenario, Trap
+from invariants import Broken, require_exact_sum
+from scenario import SILOS, STAGES, Death, Scenario, Trap
 
 from silotune.components import rounds
 from silotune.components.learning import training
@@ -80,6 +81,9 @@ class Life:
     trap: Trap | None = None
     gate: Gate | None = None
     absent: Mapping[int, Collection[str]] | None = None  # by round: silos that do not work; for references
+    silos: tuple[str, ...] = SILOS
+    secure: bool = False
+    dead: tuple[Death, ...] = ()
 
     def __post_init__(self) -> None:
         self._starts: dict[str, int] = {}
@@ -95,18 +99,31 @@ class Life:
             self._boxes()
         except SystemExit as error:
             code = int(error.code or 0)
+        except Broken as error:
+            code, self._messages = 1, [str(error)]
         self.board.result = {"code": code, "messages": self._messages, "traces": self._traces}
 
     def _boxes(self) -> None:
         step = {box: importlib.import_module(f"silotune.components.{box}.step") for box in ("preprocess", "initialize", "train")}
         step |= {box: importlib.import_module(f"silotune.components.{box}.step") for box in ("aggregate", "evaluate", "export")}
         file = str(self.file)
-        turn = step["initialize"].run(file, [step["preprocess"].run(file, silo) for silo in SILOS])
+        turn = step["initialize"].run(file, [step["preprocess"].run(file, silo) for silo in self.silos])
         while not (parsed := Turn.parse(turn)).done:
-            away = (self.absent or {}).get(parsed.round, ())
-            statuses = [status_text(s, "failed", "away") if s in away else step["train"].run(file, s, turn) for s in SILOS]
+            statuses = [self._of_silo("train", s, turn, parsed.round) for s in self.silos]
+            for stage in STAGES if self.secure else ():
+                going = importlib.import_module("silotune.components.muster.step").run(file, turn, stage, statuses)
+                statuses += [self._of_silo(stage, s, going, parsed.round) for s in self.silos]
             turn = step["aggregate"].run(file, turn, statuses)
-        step["export"].run(file, turn, [step["evaluate"].run(file, silo, turn) for silo in SILOS])
+            if self.secure and self.absent is not None:
+                require_exact_sum(self.file, parsed.round)
+        step["export"].run(file, turn, [step["evaluate"].run(file, silo, turn) for silo in self.silos])
+
+    def _of_silo(self, box: str, silo: str, turn: str, number: int) -> str:
+        """A silo's status; one that is dead by now has none of its own."""
+        dead = any((d.silo, d.round) == (silo, number) and d.misses(box) for d in self.dead)
+        if dead or silo in (self.absent or {}).get(number, ()):
+            return status_text(silo, "failed", "away")
+        return str(importlib.import_module(f"silotune.components.{box}.step").run(str(self.file), silo, turn))
 
     def _call(self, box: str, *arguments: str, **_: Any) -> str:
         """In place of `child.call`: in this process."""

@@ -3,6 +3,7 @@
     python tests/chaos/run.py                      200 scenarios in 2 workers
     python tests/chaos/run.py --seed 17            one scenario again
     python tests/chaos/run.py --scenarios 12       the first 12
+    python tests/chaos/run.py --secure --scenarios 40    the first 40 of those that sum securely
 
 Exit code 1 where an invariant is broken. The folder of a broken scenario stays, with every life's log.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import queue
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import traps
+from scenario import draw
 
 HERE = Path(__file__).resolve()
 
@@ -32,11 +35,13 @@ def main() -> int:
     parser.add_argument("--scenarios", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--seed", type=int, help="only this one")
+    parser.add_argument("--secure", action="store_true", help="only federations that sum securely")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="where federations are; default: a new temporary one")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     asked = parser.parse_args()
-    seeds = [asked.seed] if asked.seed is not None else list(range(asked.first, asked.first + asked.scenarios))
+    every = (seed for seed in itertools.count(asked.first) if not asked.secure or draw(seed).secure)
+    seeds = [asked.seed] if asked.seed is not None else list(itertools.islice(every, asked.scenarios))
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="silotune-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{len(seeds)} scenarios in {folder}; traps: {traps.how()}", flush=True)
@@ -65,8 +70,6 @@ def main() -> int:
 def play(seeds: list[int], folder: Path, workers: int) -> list[dict[str, Any]]:
     """Hand each worker the next seed when it has done with the last. Whole runs, which take longest, come first."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    from scenario import draw
-
     for seed in sorted(seeds, key=lambda s: not draw(s).whole_run):
         waiting.put(seed)
     results: list[dict[str, Any]] = []
@@ -111,12 +114,12 @@ def report(results: list[dict[str, Any]], tally: collections.Counter[str], secon
     whole = sum(r["whole run"] for r in results)
     lost = sum(r["problem"].startswith("LOST") for r in results)
     print(
-        f"\nscenarios {len(results)} ({whole} whole runs through KFP), broken {sum(bool(r['problem']) for r in results)}, {seconds:.0f} s"
+        f"\nscenarios {len(results)} ({whole} whole runs through KFP, {sum(draw(r['seed']).secure for r in results)} that sum securely), broken {sum(bool(r['problem']) for r in results)}, {seconds:.0f} s"
     )
     print(
         f"lives {tally['lives']}, of which {tally['lives that fail']} say why they fail; second runs at once {tally['second runs at once']}"
     )
-    print(f"rounds lost {lost}")
+    print(f"rounds lost {lost}; secure sums opened, exact to the last bit {tally['secure sums opened']}")
     print("faults injected")
     for name, count in sorted(tally.items()):
         if name.startswith("fault: "):

@@ -38,6 +38,7 @@ def test_some_scenarios(tmp_path: Path) -> None:
     assert numbers["fault: kill -9"] > 0
     assert numbers["fault: no room on disk"] > 0
     assert any(name.startswith("fault: store") for name in numbers)
+    assert numbers["secure sums opened"] > 0
 
 
 @pytest.mark.ceph
@@ -54,8 +55,18 @@ def test_some_scenarios_on_a_real_s3(tmp_path: Path, gateway: Any) -> None:
 @pytest.mark.chaos
 def test_all_scenarios(tmp_path: Path) -> None:
     numbers = chaos(tmp_path, ALL)
-    for kind in ("kill -9", "kill -9 of a whole run", "no room on disk", "altered update", "altered global", "altered record"):
+    for kind in (
+        "kill -9",
+        "kill -9 of a whole run",
+        "no room on disk",
+        "altered update",
+        "altered global",
+        "altered record",
+        "withheld record of a sum",
+    ):
         assert numbers[f"fault: {kind}"] > 0, kind
+    for stage in ("train", "share", "mask", "confirm", "unmask"):
+        assert numbers[f"fault: silo dead before {stage}"] > 0, stage
     for kind in ("drop-before", "drop-after", "delay", "truncate", "duplicate", "flip"):
         assert numbers[f"fault: store {kind}"] > 0, kind
     assert any(name.startswith("fault: network") for name in numbers)
