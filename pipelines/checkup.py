@@ -13,7 +13,7 @@ from silotune.components.federation import Agreement, Federation, Silo
 from silotune.components.federation_file import is_remote
 from silotune.components.protocol import Commit
 from silotune.components.rounds import Rounds
-from silotune.components.terms.privacy import most_in_league, sums_securely, threshold_of
+from silotune.components.terms.privacy import SiloPrivacy, most_in_league, sums_securely, threshold_of
 from silotune.components.terms.strategies import RULES, STRATEGIES
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def _privacy(federation: Federation) -> str:
         lines.append(
             f"epsilon {terms.silo.epsilon:g} at delta {terms.silo.delta:g} for a silo's part, over {terms.rounds} rounds, by {terms.silo.mechanism} noise"
         )
+        lines += _noisy_quantile(federation, terms.silo)
     if terms.secure_aggregation:
         need, league = threshold_of(terms.secure_aggregation, silos), most_in_league(terms.secure_aggregation, silos)
         lines.append(
@@ -99,6 +100,23 @@ def _privacy(federation: Federation) -> str:
     else:
         lines.append("single updates are seen by the coordinator; privacy.secure_aggregation hides them")
     return "\n".join(lines)
+
+
+def _noisy_quantile(federation: Federation, terms: SiloPrivacy) -> list[str]:
+    """Whether so few silos' norms can be followed under such noise."""
+    clip, silos = federation.aggregation.clip, len(federation.silos)
+    if clip is None or clip.quantile is None:
+        return []
+    from silotune.components.learning.privacy.gaussian import mu_of
+    from silotune.components.learning.privacy.silo_noise import WORTH, count_tells
+
+    tells = count_tells(silos, mu_of(terms.epsilon, terms.delta))
+    if tells >= WORTH:
+        return []
+    return [
+        f"warning: aggregation.clip.quantile follows norms by a noisy count, which with {silos} silos and this epsilon tells up from down by {tells:.2g} "
+        f"standard deviations over all rounds, {WORTH:g} are needed; set aggregation.clip.norm, which costs nothing of it"
+    ]
 
 
 def _aggregation(federation: Federation) -> str:

@@ -102,6 +102,16 @@ def test_check_says_what_is_promised_about_records_and_what_is_not(silotune, fed
     assert "not covered: scores on valid and test records" in out
 
 
+def test_check_warns_of_a_bound_that_so_few_silos_cannot_steer(silotune, federation):
+    text = federation.file.read_text()
+    for clip, told in (("quantile: 0.5", True), ("norm: 0.5", False)):
+        federation.file.write_text(text + f"aggregation: {{weights: uniform, clip: {{{clip}}}}}\nprivacy: {{silo: {{epsilon: 3}}}}\n")
+        out = " ".join(silotune("check", federation.file)[1].split())
+        assert "epsilon 3 at delta 1e-05 for a silo's part, over 3 rounds, by gaussian noise" in out
+        assert ("with 3 silos and this epsilon tells up from down by 0.68 standard deviations over all rounds, 2.5 are needed" in out) == told
+        assert ("set aggregation.clip.norm" in out) == told
+
+
 def test_every_problem_is_told_without_traceback(silotune, federation):
     federation.file.write_text(federation.file.read_text().replace("total: 3", "total: 0") + "epochs: 3\n")
     code, _, err = silotune("check", federation.file)

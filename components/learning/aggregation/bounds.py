@@ -40,9 +40,11 @@ class RunningQuantile:
     def moved(self, within: float) -> RunningQuantile:
         """C·exp(-η(b - γ)), where b is the share of norms up to C. Rounded to float32, as files hold it.
 
-        The estimate moves by at most the factor exp(η), whatever a silo sends.
+        The estimate moves by at most the factor exp(η), whatever a silo sends. So does a noisy share, which may be no share: it is cut at the same
+        distance either side of γ, since cut at 0 and 1 it would drift from a γ other than ½ by noise alone.
         """
-        return replace(self, estimate=_rounded(self.estimate * math.exp(-self.rate * (within - self.quantile))))
+        step = min(1.0, max(-1.0, within - self.quantile))
+        return replace(self, estimate=_rounded(self.estimate * math.exp(-self.rate * step)))
 
 
 def first_quantile(norms: Mapping[str, float], quantile: float, rate: float) -> RunningQuantile:

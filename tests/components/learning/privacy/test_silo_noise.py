@@ -4,8 +4,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from silotune.components.learning.aggregation.bounds import CLIP_RATE, RunningQuantile
+from silotune.components.learning.privacy import gaussian
 from silotune.components.learning.privacy.noise import BLOCK, Noise, grid_of
-from silotune.components.learning.privacy.silo_noise import SHARE, Layer, SiloNoise, SumNoise
+from silotune.components.learning.privacy.silo_noise import SHARE, WORTH, Layer, SiloNoise, SumNoise, count_tells
 
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
 
@@ -82,11 +84,37 @@ def test_sum_and_count_together_cost_what_one_release_of_the_multiplier_does():
     assert noise().of_sum == 2.0
 
 
-def test_share_is_noisy_around_the_truth_and_stays_a_share():
+def test_share_is_noisy_around_the_truth():
     within = [True] * 30 + [False] * 70
     found = [noise(multiplier=1.0, count=Noise(bytes([i] * 32))).share(within) for i in range(250)]
     assert np.mean(found) == pytest.approx(0.3, abs=0.005)
     assert np.std(found) == pytest.approx(1 / (2 * math.sqrt(SHARE)) / 100, rel=0.15)
-    wild = [noise(multiplier=50.0, count=Noise(bytes([i] * 32))).share([True, False]) for i in range(50)]
-    assert {0.0, 1.0} <= set(wild)
-    assert all(0 <= x <= 1 for x in wild)
+    wild = [noise(multiplier=50.0, count=Noise(bytes([i] * 32))).share([True, False]) for i in range(250)]
+    assert np.mean(wild) == pytest.approx(0.5, abs=4 * 50 / (2 * math.sqrt(SHARE)) / 2 / math.sqrt(250))  # right on average, however wild
+
+
+@pytest.mark.parametrize(("silos", "epsilon", "good"), [(5, 3.0, False), (10, 8.0, True), (30, 3.0, True)])
+def test_a_bound_finds_the_norms_where_their_count_is_said_to_tell(silos, epsilon, good):
+    """Begun at ten times and a tenth of all norms, and followed for 20 rounds with the noise that ε leaves."""
+    mu, rounds = gaussian.mu_of(epsilon, 1e-5), 20
+    assert (count_tells(silos, mu) >= WORTH) == good
+    off = []
+    for trial in range(40):
+        for start in (0.1, 10.0):
+            running = RunningQuantile(start, 0.5, CLIP_RATE)
+            for number in range(rounds):
+                made = noise(multiplier=math.sqrt(rounds) / mu, count=Noise(bytes([trial, number] * 16)))
+                running = running.moved(made.share(running.within({str(k): 1.0 + 0.1 * (k - silos / 2) / silos for k in range(silos)})))
+            off.append(math.log(running.estimate))
+    rms = math.sqrt(np.mean(np.square(off)))
+    assert (rms < 0.75) == good, rms
+
+
+def test_noise_alone_moves_the_bound_nowhere_on_average():
+    """Of any quantile: cut to a share, a wild count would drive the bound of 0.9 up by a third in four rounds."""
+    moved = []
+    for i in range(400):
+        made = noise(multiplier=1e4, count=Noise(i.to_bytes(2, "big") * 16))
+        moved.append(math.log(RunningQuantile(1.0, 0.9, CLIP_RATE).moved(made.share([True, False])).estimate))
+    assert np.mean(moved) == pytest.approx(0, abs=4 * CLIP_RATE / math.sqrt(400))
+    assert np.abs(moved).max() <= CLIP_RATE * (1 + 1e-6)
