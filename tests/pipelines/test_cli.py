@@ -108,7 +108,9 @@ def test_check_warns_of_a_bound_that_so_few_silos_cannot_steer(silotune, federat
         federation.file.write_text(text + f"aggregation: {{weights: uniform, clip: {{{clip}}}}}\nprivacy: {{silo: {{epsilon: 3}}}}\n")
         out = " ".join(silotune("check", federation.file)[1].split())
         assert "epsilon 3 at delta 1e-05 for a silo's part, over 3 rounds, by gaussian noise" in out
-        assert ("with 3 silos and this epsilon tells up from down by 0.68 standard deviations over all rounds, 2.5 are needed" in out) == told
+        assert (
+            "with 3 silos and this epsilon tells up from down by 0.68 standard deviations over all rounds, 2.5 are needed" in out
+        ) == told
         assert ("set aggregation.clip.norm" in out) == told
 
 
