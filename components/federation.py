@@ -272,14 +272,18 @@ class Federation(Section):
 
     @property
     def public_keys(self) -> dict[str, list[PublicKey]]:
-        """Of every party that has any: those of the file, or those that were made on this machine."""
+        """Of every party that has any: those of the file, or those that were made on this machine. In local custody, one file is read for each."""
         if self.custody != "local":
             return dict(self.security.keys) if self.security.signing else {}
-        found = {}
-        for party in (COORDINATOR, *self.silo_ids):
-            with contextlib.suppress(OSError, ValueError):  # a party without a sound key cannot take part, and is told so
-                found[party] = [PublicKey(public=(self.key_folder(party) / f"{party}.pub").read_text().strip())]
-        return found
+        return {party: found for party in (COORDINATOR, *self.silo_ids) if (found := self.public_keys_of(party))}
+
+    def public_keys_of(self, party: str) -> list[PublicKey]:
+        """Of one party; none of one that has none, or that is not in the federation."""
+        if self.custody != "local":
+            return list(self.security.keys.get(party, [])) if self.security.signing else []
+        with contextlib.suppress(OSError, ValueError, FederationError):  # a party without a sound key cannot take part, and is told so
+            return [PublicKey(public=(self.key_folder(party) / f"{party}.pub").read_text().strip())]
+        return []
 
     def silo(self, silo_id: str) -> Silo:
         for silo in self.silos:

@@ -122,7 +122,7 @@ class Keyring:
             FederationError: this machine has no key of the party, or one that the federation file does not name for that round.
         """
         path = _key_file(self.federation, party)
-        usable = _usable(self.federation.public_keys.get(party, []), round_number)
+        usable = _usable(self.federation.public_keys_of(party), round_number)
         private = private_key(path)
         if text_of(private) in usable:
             return _signature(private, message)
@@ -139,7 +139,7 @@ class Keyring:
 
     def trusts(self, party: str, round_number: int | None, message: bytes, signature: str) -> bool:
         """Whether the federation file has a key of the party, good for that round, that made the signature."""
-        return verify(self.federation.public_keys.get(party, []), round_number, message, signature)
+        return verify(self.federation.public_keys_of(party), round_number, message, signature)
 
 
 def signature(private: Ed25519PrivateKey, message: bytes) -> str:

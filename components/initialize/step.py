@@ -57,7 +57,7 @@ def _unready(federation: Federation, base: base_model.Base, statuses: tuple[str,
     """Silos that cannot take part in this run, and why."""
     missing = {}
     if federation.security.signing:
-        missing = {silo: "refused: no signing key" for silo in federation.silo_ids if silo not in federation.public_keys}
+        missing = {silo: "refused: no signing key" for silo in federation.silo_ids if not federation.public_keys_of(silo)}
     for text in statuses:
         silo, status, said = parse_status(text)
         if status != "ok":

@@ -71,7 +71,7 @@ class Ledger:
         """
         own = keys.own(federation, silo_id)
         former = policy.ledger.keys if policy else []
-        trusted = [*own, *federation.public_keys.get(silo_id, []), *(PublicKey(public=text) for text in former)]
+        trusted = [*own, *federation.public_keys_of(silo_id), *(PublicKey(public=text) for text in former)]
         storage = federation.silo(silo_id).storage
         location = (policy.ledger.at if policy else None) or storage
         dataset = policy.dataset if policy else silo_id

@@ -53,7 +53,7 @@ def write(file: Path, federation: Federation, silo_id: str, base: str | None, im
     Raises:
         FederationError: there is a file already, or it cannot be written.
     """
-    keys = [key.public for key in federation.public_keys.get(COORDINATOR, [])] if federation.security.keys else []
+    keys = [key.public for key in federation.public_keys_of(COORDINATOR)] if federation.security.keys else []
     digests = [image.rpartition("@")[2] for image in images]
     privacy = federation.privacy
 

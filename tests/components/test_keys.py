@@ -209,6 +209,23 @@ def test_a_silo_whose_storage_cannot_be_written_stays_without(tmp_path: Path) ->
     assert set(federation.public_keys) == {"coordinator", "south"}
 
 
+def test_a_signature_costs_the_key_of_one_party_however_many_there_are(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    plain = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: (read.append(path.name), plain(path, *a, **k))[1])
+    keyring = keys.Keyring(federation)
+    signed = keyring.sign("north", 1, b"message")
+    assert keyring.trusts("north", 1, b"message", signed)
+    assert not keyring.trusts("south", 1, b"message", signed)
+    assert read == ["north.pub", "north.pub", "south.pub"]
+
+
+def test_who_is_no_party_has_no_key(federation: Federation, tmp_path: Path) -> None:
+    (tmp_path / "east.pub").write_text(federation.public_keys["north"][0].public)
+    for party in ("east", "../east", str(tmp_path / "east")):
+        assert federation.public_keys_of(party) == []
+
+
 # Rounds
 
 
