@@ -14,7 +14,7 @@ from pathlib import Path
 from silotune.components.errors import FederationError, UnreachableError
 from silotune.components.federation import canonical_json
 from silotune.components.federation_file import is_remote
-from silotune.components.rounds import file_digest
+from silotune.components.store.content import file_digest
 from silotune.components.store.object_store import open_store
 
 WEIGHTS = ("config.json", "*.safetensors", "*.safetensors.index.json")

@@ -99,7 +99,8 @@ def _plan(federation: Federation, rounds: Rounds, latest: Commit, agreement: Agr
     tensors = schema_object(rounds, latest)
     shapes = rounds.json_object(tensors)
     turn = turn_of(rounds, latest, strategy)
-    asked = {silo: update_schema(shapes, strategy, turn, agreement.rank_of(silo)) for silo in sorted(agreement.silos)}
+    ranks = {silo: agreement.rank_of(silo) for silo in sorted(agreement.silos)}
+    schemas = {rank: rounds.put_json_object(update_schema(shapes, strategy, turn, rank)) for rank in sorted(set(ranks.values()))}
     return Plan(
         round=number,
         agreement=agreement.digest,
@@ -107,7 +108,7 @@ def _plan(federation: Federation, rounds: Rounds, latest: Commit, agreement: Agr
         incoming=latest.outgoing,
         tensors=tensors,
         accepted=[(number, latest.outgoing)],
-        participants={s: Participant(tensors=rounds.put_json_object(asked[s]), cursor=cursors.get(s, 0)) for s in asked},
+        participants={s: Participant(tensors=schemas[rank], cursor=cursors.get(s, 0)) for s, rank in ranks.items()},
         learning_rate=terms.learning_rate * decay(terms.round_schedule, done / federation.rounds.total),
         server_state=carried_on(rounds, latest, agreement.aggregation) if strategy.memory else {},
         code=version("silotune"),

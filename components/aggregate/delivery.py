@@ -26,7 +26,7 @@ def expectation(rounds: Rounds, plan: Plan, agreement: Agreement, silo: str) -> 
     examples = terms.steps * terms.batch_size
     return Expectation(
         federation=rounds.federation, agreement=plan.agreement, plan=plan.digest, base=plan.base, accepted=tuple(plan.accepted), silo=silo,
-        cursor=participant.cursor, codec=agreement.communication.codec, schema=rounds.json_object(participant.tensors),
+        cursor=participant.cursor, codec=agreement.communication.codec, schema=rounds.schema(participant.tensors),
         most_steps=terms.steps, most_examples=examples, most_tokens=examples * agreement.data["max_length"],
         verify=None if agreement.custody == "none" else lambda message, signature: verify(keys, plan.round, message, signature),
     )  # fmt: skip

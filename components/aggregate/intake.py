@@ -16,7 +16,8 @@ from silotune.components.federation import Agreement
 from silotune.components.learning.update import Expectation, Update, UpdateRefused
 from silotune.components.process.progress import tell
 from silotune.components.protocol import Plan, UpdateManifest
-from silotune.components.rounds import CorruptObject, Rounds
+from silotune.components.rounds import Rounds
+from silotune.components.store.content import CorruptObject
 from silotune.components.store.object_store import ObjectMissing
 
 OPENERS = 8  # updates whose headers are read at once

@@ -15,8 +15,9 @@ from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.learning.update import Update, UpdateRefused
 from silotune.components.process.progress import tell
 from silotune.components.protocol import Commit, Plan
-from silotune.components.rounds import CorruptObject, Rounds, file_digest
+from silotune.components.rounds import Rounds
 from silotune.components.secure_sum.records import SecureRound
+from silotune.components.store.content import CorruptObject, file_digest
 from silotune.components.store.object_store import ObjectMissing
 
 

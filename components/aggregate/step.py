@@ -275,10 +275,11 @@ def _started(rounds: Rounds, turn: Turn) -> float:
 def _absent(rounds: Rounds, plan: Plan, manifests: dict[str, UpdateManifest], turn: Turn, statuses: tuple[str, ...]) -> dict[str, str]:
     """Why each participant without an update has none: its report, else its task's status, else why it was not asked."""
     said = {silo: f"{status}: {reason}" if reason else status for silo, status, reason in map(parse_status, statuses)}
-    reports = {silo: report.text for silo, report in rounds.reports(turn.round, turn.attempt).items()}
+    absent = [silo for silo in plan.participants if silo not in manifests]
+    reports = {silo: report.text for silo, report in rounds.reports(turn.round, turn.attempt, absent).items()}
     unasked = rounds.attempt(turn.round, turn.attempt).missing
     known = {**said, **reports, **unasked}
-    found = {silo: known.get(silo, "failed: no report came") for silo in plan.participants if silo not in manifests}
+    found = {silo: known.get(silo, "failed: no report came") for silo in absent}
     for silo, why in found.items():  # it delivered, and another box, or run, has refused that since
         if (why == "ok" or why.startswith("ok:")) and (refusal := rounds.refusal(turn.round, silo)):
             found[silo] = f"refused: {refusal.rule}"

@@ -21,8 +21,9 @@ from silotune.components.process import child
 from silotune.components.process.progress import tell
 from silotune.components.protocol import Commit, Exported, Turn, perplexity, pooled
 from silotune.components.provenance import audit
-from silotune.components.rounds import Rounds, file_digest
+from silotune.components.rounds import Rounds
 from silotune.components.silo_job import parse_status
+from silotune.components.store.content import file_digest
 
 
 def run(federation: str, turn: str, statuses: list[str]) -> str:

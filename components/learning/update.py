@@ -32,6 +32,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -159,7 +160,7 @@ class Expectation:
         """What the tensors take in the file."""
         return sum(math.prod(shape) for shape in self.schema.values()) * WIDTH[DTYPE[self.codec]]
 
-    @property
+    @cached_property
     def header_bytes(self) -> int:
         """No honest header is longer: names, shapes and digests as they will stand there, and some room for the rest."""
         metadata = canonical_json({"tensors": dict.fromkeys(self.schema, "0" * 64)}).decode()

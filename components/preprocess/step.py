@@ -21,9 +21,9 @@ from silotune.components.federation_file import is_remote
 from silotune.components.learning.held_out import held_out
 from silotune.components.learning.records import read_records
 from silotune.components.process.progress import Pulse, beating
-from silotune.components.rounds import file_digest
 from silotune.components.silo_job import one_at_a_time, silo_home
 from silotune.components.steward.admission import admit
+from silotune.components.store.content import file_digest
 from silotune.components.store.object_store import open_store
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from pydantic import Field
 
 from silotune.components.errors import RefusedError
 from silotune.components.protocol import Commit, Exported, Record
-from silotune.components.rounds import Rounds, highest
+from silotune.components.record_keys import highest
+from silotune.components.rounds import Rounds
 from silotune.components.store.object_store import ObjectMissing
 
 

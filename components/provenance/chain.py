@@ -20,8 +20,9 @@ from typing import TypeVar
 from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.protocol import Commit, Plan, UpdateManifest
 from silotune.components.provenance import audit
-from silotune.components.rounds import CorruptObject, Rounds
+from silotune.components.rounds import Rounds
 from silotune.components.secure_sum.records import MaskedVector
+from silotune.components.store.content import CorruptObject
 from silotune.components.store.object_store import ObjectMissing
 
 T = TypeVar("T")
@@ -289,7 +290,7 @@ def exported_global(rounds: Rounds, folder: Path) -> str:
     Raises:
         RefusedError: a file is missing, altered, or was never part of an export.
     """
-    from silotune.components.rounds import file_digest
+    from silotune.components.store.content import file_digest
 
     found = {str(p.relative_to(folder)): file_digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     best, fewest = "no export of this federation has these files", len(found) + 1

@@ -19,7 +19,8 @@ from silotune.components.federation import canonical_json
 from silotune.components.learning.aggregation.summation import MEMORY
 from silotune.components.learning.tensor_file import MalformedFile, open_tensor_file, to_bytes, write_tensor_file
 from silotune.components.protocol import Commit
-from silotune.components.rounds import CorruptObject, Rounds
+from silotune.components.rounds import Rounds
+from silotune.components.store.content import CorruptObject
 from silotune.components.store.object_store import ObjectMissing
 from silotune.components.terms.strategies import Aggregation
 

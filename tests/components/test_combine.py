@@ -26,7 +26,8 @@ from silotune.components.process import child
 from silotune.components.process.progress import RUN_VARIABLE, read_events
 from silotune.components.protocol import Commit, Partial
 from silotune.components.provenance import chain
-from silotune.components.rounds import Rounds, file_digest
+from silotune.components.rounds import Rounds
+from silotune.components.store.content import file_digest
 from silotune.components.store.directory_store import DirectoryStore
 from silotune.components.terms.strategies import STRATEGIES, Aggregation
 

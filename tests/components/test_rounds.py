@@ -19,7 +19,9 @@ from silotune.components.errors import FederationError, QuorumError, RefusedErro
 from silotune.components.federation import Agreement, Federation
 from silotune.components.keys import Keyring
 from silotune.components.protocol import Commit, Contribution, Evaluation, Participant, Plan, Report, Turn, UpdateManifest, pooled
-from silotune.components.rounds import CorruptObject, Rounds, highest
+from silotune.components.record_keys import highest
+from silotune.components.rounds import Rounds
+from silotune.components.store.content import CorruptObject
 from silotune.components.store.directory_store import DirectoryStore
 from silotune.components.store.object_store import ObjectMissing, ObjectStore
 from silotune.components.terms.rounds import Until

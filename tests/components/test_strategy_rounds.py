@@ -21,8 +21,9 @@ from silotune.components.learning.exchange import held
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.protocol import Commit
 from silotune.components.provenance import chain
-from silotune.components.rounds import Rounds, file_digest
+from silotune.components.rounds import Rounds
 from silotune.components.silo_job import silo_home
+from silotune.components.store.content import file_digest
 from silotune.components.terms.strategies import STRATEGIES
 from silotune.components.train import step as train
 from silotune.pipelines.simulate import Simulation

@@ -154,7 +154,7 @@ def test_the_federation_is_in_the_store_and_exported(finished: Any) -> None:
     assert [(c.round, c.outcome) for c in course] == [(0, "initialized"), (1, "aggregated"), (2, "aggregated")]
     assert all(sorted(c.contributions) == ["east", "north", "south"] for c in course[1:])
     exported = next(iter(Rounds.of(Federation.load(file)).exports()))
-    from silotune.components.rounds import file_digest
+    from silotune.components.store.content import file_digest
 
     assert {name: file_digest(Path(exported.location) / name) for name in exported.files} == exported.files
     assert "adapter_model.safetensors" in exported.files

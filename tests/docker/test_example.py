@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from silotune.components.federation import Federation
-from silotune.components.rounds import Rounds, file_digest
+from silotune.components.rounds import Rounds
+from silotune.components.store.content import file_digest
 
 pytestmark = pytest.mark.images
 
