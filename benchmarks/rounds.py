@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 TENSORS = 20
@@ -73,6 +74,15 @@ def make(folder: Path, count: int, numbers: int, fan_in: int) -> str:
     return turn.text
 
 
+def prepared(*what: Any) -> str:
+    """The same without waiting for the disk, which nobody measures: four times for each silo."""
+    fsync, os.fsync = os.fsync, lambda _: None
+    try:
+        return make(*what)
+    finally:
+        os.fsync = fsync
+
+
 def measure(box: str, file: str, turn: str, *arguments: str) -> dict[str, float]:
     """One step in this process: seconds by the clock and of the processor, and MiB at the step's start and at the peak."""
     import importlib
@@ -124,7 +134,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             boxed, alone = Path(name) / "boxed", Path(name) / "alone"
             boxed.mkdir()
-            turn = make(boxed, count, options.numbers, options.fan_in)
+            turn = prepared(boxed, count, options.numbers, options.fan_in)
             shutil.copytree(boxed, alone)
             groups = -(-count // options.fan_in) if count > options.fan_in else 0
             if groups:

@@ -6,10 +6,10 @@ Only where something is wrong is the whole object fetched, because only the dige
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from silotune.components.federation import Agreement
+from silotune.components.federation import Agreement, PublicKey
 from silotune.components.keys import verify
 from silotune.components.learning.blob import FileBlob
 from silotune.components.learning.update import Expectation, Update, UpdateRefused, open_update
@@ -21,15 +21,26 @@ from silotune.components.store.store_blob import StoreBlob
 
 def expectation(rounds: Rounds, plan: Plan, agreement: Agreement, silo: str) -> Expectation:
     """What a silo's update must be to answer a plan."""
-    participant = plan.participants[silo]
-    keys, terms = agreement.keys.get(silo, []), agreement.training_of(silo)
-    examples = terms.steps * terms.batch_size
-    return Expectation(
-        federation=rounds.federation, agreement=plan.agreement, plan=plan.digest, base=plan.base, accepted=tuple(plan.accepted), silo=silo,
-        cursor=participant.cursor, codec=agreement.communication.codec, schema=rounds.schema(participant.tensors),
-        most_steps=terms.steps, most_examples=examples, most_tokens=examples * agreement.data["max_length"],
-        verify=None if agreement.custody == "none" else lambda message, signature: verify(keys, plan.round, message, signature),
-    )  # fmt: skip
+    return expectations(rounds, plan, agreement, [silo])[silo]
+
+
+def expectations(rounds: Rounds, plan: Plan, agreement: Agreement, silos: Iterable[str]) -> dict[str, Expectation]:
+    """The same of several silos. A plan is as long as its silos are many, and is digested once for all of them."""
+    digest, number, found = plan.digest, plan.round, {}
+
+    def verifier(keys: list[PublicKey]) -> Callable[[bytes, str], bool]:
+        return lambda message, signature: verify(keys, number, message, signature)
+
+    for silo in silos:
+        participant, terms = plan.participants[silo], agreement.training_of(silo)
+        examples = terms.steps * terms.batch_size
+        found[silo] = Expectation(
+            federation=rounds.federation, agreement=plan.agreement, plan=digest, base=plan.base, accepted=tuple(plan.accepted), silo=silo,
+            cursor=participant.cursor, codec=agreement.communication.codec, schema=rounds.schema(participant.tensors),
+            most_steps=terms.steps, most_examples=examples, most_tokens=examples * agreement.data["max_length"],
+            verify=None if agreement.custody == "none" else verifier(agreement.keys.get(silo, [])),
+        )  # fmt: skip
+    return found
 
 
 def open_delivery(rounds: Rounds, expected: Expectation, digest: str, folder: Path, header: str = "") -> Update:

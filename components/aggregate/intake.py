@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from silotune.components.aggregate.delivery import expectation, fetch_whole, open_delivery, silo_of
+from silotune.components.aggregate.delivery import expectations, fetch_whole, open_delivery, silo_of
 from silotune.components.errors import RefusedError, SilotuneError
 from silotune.components.federation import Agreement
 from silotune.components.learning.update import Expectation, Update, UpdateRefused
@@ -45,7 +45,7 @@ class Intake:
             CorruptObject, ObjectMissing: the plan's own list of tensors is damaged or gone; no silo answers for that.
         """
         silos = sorted(manifests)
-        expected = {silo: expectation(rounds, plan, agreement, silo) for silo in silos if silo in plan.participants}
+        expected = expectations(rounds, plan, agreement, (silo for silo in silos if silo in plan.participants))
         intake = cls(box, rounds, manifests, folder, expected)
         with ThreadPoolExecutor(OPENERS) as pool:
             for silo, found in zip(silos, pool.map(intake._opened, silos), strict=True):

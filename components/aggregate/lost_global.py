@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from silotune.components.aggregate import carried, releases
-from silotune.components.aggregate.delivery import expectation, fetch_whole, open_delivery, silo_of
+from silotune.components.aggregate.delivery import expectations, fetch_whole, open_delivery, silo_of
 from silotune.components.aggregate.secure import secure_sum
 from silotune.components.errors import QuorumError, RefusedError
 from silotune.components.federation import Agreement, Federation
@@ -63,13 +63,13 @@ def rebuild(rounds: Rounds, commit: Commit, path: Path, federation: Federation |
         updates: dict[str, Update] = {}
         silo, failed = "", None  # what was found late, and of whose update
         try:
+            expected = expectations(rounds, plan, agreement, maker.contributions)
             for silo, part in maker.contributions.items():
-                updates[silo] = open_delivery(rounds, expectation(rounds, plan, agreement, silo), part.object, folder)
+                updates[silo] = open_delivery(rounds, expected[silo], part.object, folder)
             while True:
                 if failed:
                     silo = silo_of(failed, updates)
-                    expected, part = expectation(rounds, plan, agreement, silo), maker.contributions[silo]
-                    updates[silo] = fetch_whole(rounds, expected, part.object, folder, updates[silo], failed)
+                    updates[silo] = fetch_whole(rounds, expected[silo], maker.contributions[silo].object, folder, updates[silo], failed)
                 try:
                     combine(given, updates, folder)
                     (folder / OUTGOING).replace(path)

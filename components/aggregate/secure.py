@@ -16,7 +16,7 @@ from silotune.components.errors import QuorumError, RefusedError
 from silotune.components.federation import Agreement
 from silotune.components.process.progress import tell
 from silotune.components.protocol import Contribution, Plan
-from silotune.components.rounds import CorruptObject, Rounds
+from silotune.components.rounds import Rounds
 from silotune.components.secure_sum import terms as secure_terms
 from silotune.components.secure_sum.records import (
     MaskedVector,
@@ -27,6 +27,7 @@ from silotune.components.secure_sum.records import (
     Survivors,
     mark,
 )
+from silotune.components.store.content import CorruptObject
 from silotune.components.store.store_blob import StoreBlob
 
 if TYPE_CHECKING:

@@ -298,6 +298,10 @@ def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
         ("name: a\nmodel:\n  base: x\n  base: y\n", "federation.yaml:4:3: not valid YAML: key 'base' stands twice"),
         ("name: a\n[1, 2]: x\n", "federation.yaml:2:"),
         ("name: a\n? [1, 2]\n: x\n", "federation.yaml:2:3: not valid YAML: a key must be a word"),
+        (
+            "name: " + 100_000 * "[",
+            "federation.yaml:1:38: not valid YAML: lists and mappings must not lie in one another more than 32 deep",
+        ),
         ("name: !!python/object/apply:os.getcwd []\n", "federation.yaml:1:7: not valid YAML"),
         ("", "federation.yaml: must hold keys such as name, model and silos, got NoneType"),
         ("- a\n", "federation.yaml: must hold keys such as name, model and silos, got list"),

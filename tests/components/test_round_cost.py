@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from deliveries import Deliveries
 
-from silotune.components.protocol import Evaluation, Report
+from silotune.components.protocol import Evaluation, Plan, Report
 from silotune.components.store.directory_store import DirectoryStore
 
 MOST = 5  # requests for each silo: its manifest, its score, and of its update the size, the header and the tensors
@@ -17,7 +17,7 @@ MOST = 5  # requests for each silo: its manifest, its score, and of its update t
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Requests to the store by kind, and public keys that were read."""
+    """Requests to the store by kind, public keys that were read, and plans that were encoded."""
     found: Counter[str] = Counter()
 
     def counted(owner: Any, name: str, what: str) -> None:
@@ -32,6 +32,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     for name in ("get", "get_range", "size", "create", "put_file", "fetch_file", "list", "delete"):
         counted(DirectoryStore, name, name)
     counted(Path, "read_text", "keys")
+    counted(Plan, "encode", "plans")
     return found
 
 
@@ -57,5 +58,6 @@ def test_a_round_costs_so_much_for_each_silo_however_many_there_are(tmp_path: Pa
     assert many - some == some - few, "as much again for as many silos more"
     each = {what: (some[what] - few[what]) / 4 for what in some}
     assert each["create"] == each["list"] == each["put_file"] == 0, "what a coordinator writes is one record each, whoever takes part"
+    assert each["plans"] == 0, "a plan is as long as its silos are many: encoded for each of them, it would cost their square"
     assert each["keys"] <= 2, "of whoever has signed a manifest, and a score"
     assert sum(each[what] for what in ("get", "get_range", "size", "fetch_file")) <= MOST, each
