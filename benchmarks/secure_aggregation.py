@@ -140,7 +140,7 @@ def secure_round(folder: Path, silos: int, numbers: int, share_of_dropouts: floa
     given = Round(trial.agreement.aggregation, incoming, silos)
     combined_in, _ = timed(lambda: combine_sum(given, opened.path, opened.weights, folder))
     up = trial.bytes_of("1") / silos
-    down = trial.bytes_of("1/keys") + trial.bytes_of("1/shares")
+    down = sum(trial.bytes_of(f"1/{folder}") for folder in ("keys", "shares", "masked", "confirmations"))
     vector = next(iter(opened.records.values())).bytes
     found |= {
         "silo": statistics.mean(costs["silo"][: len(alive)]), "muster": sum(costs["muster"]), "aggregate": opened_in + combined_in,

@@ -144,7 +144,7 @@ class MaskSecrets:
     def forget(self, before: int) -> None:
         """Delete the secrets of rounds that are over: nobody needs them, and whoever broke in could read what was masked with them."""
         for path in self._folder.iterdir():
-            number = path.name.split("-")[0]
+            number = path.name.removeprefix(".").split("-")[0]  # with what a step left that was killed while it wrote
             if number.isdigit() and int(number) < before:
                 path.unlink()
 
