@@ -15,6 +15,7 @@ how each silo would do alone, and how one model on all records would do.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,7 +53,7 @@ from silotune.components.unmask import step as unmask
 
 @dataclass(frozen=True)
 class RoundResult:
-    """One committed round. Losses are nats per token on the silos' valid splits, of the global the round produced."""
+    """One committed round. Losses are nats per token on the silos' valid splits, of the global the round produced; NaN where no silo tells its own."""
 
     round: int
     loss: float
@@ -149,7 +150,11 @@ class Simulation:
         return self._baseline("centralised", [pool], rounds, {"steps": steps, **training})
 
     def unprotected(self, *, rounds: int | None = None) -> Simulation:
-        """The same silos, strategy aside, without any promise of privacy, each with a folder of its own here: what privacy saves, and costs."""
+        """The same silos, strategy aside, without any promise of privacy, each with a folder of its own here: what privacy saves, and costs.
+
+        Raises:
+            RefusedError: a silo's policy lets its records be trained on with differential privacy only.
+        """
         folder = self._work("unprotected")
         silos = [s.model_dump() | {"storage": str(folder / "private" / s.id)} for s in self.federation.silos]
         return self._baseline("unprotected", silos, rounds, {}, privacy={})
@@ -221,16 +226,17 @@ class Simulation:
         for silo in self.federation.silos:
             if silo.id in known or silo.id not in agreement.silos or silo.id in commit.missing:
                 continue
-            if (policy := Policy.of(self.federation, silo.id)) and not policy.scores:
+            shard, most = train.open_split(silo_home(self.federation, silo), "valid"), agreement.evaluation.max_examples
+            if (policy := Policy.of(self.federation, silo.id)) and not policy.scored(min(len(shard), most or len(shard))):
                 continue
             if model is None:
                 path = self.rounds.fetch_object(commit.outgoing, self._work() / "global.safetensors")
                 model = models.load_with_state(base.folder, agreement.model, open_tensor_file(path).read_all())
-            shard = train.open_split(silo_home(self.federation, silo), "valid")
             known[silo.id] = train.evaluate_split(self.rounds, agreement, model, commit.outgoing, shard, silo.id, "valid", pad, number)
         total = pooled(known)
         losses = {silo: e.loss for silo, e in sorted(known.items())}
-        return RoundResult(number, total["loss"], total["perplexity"], losses, commit.missing, commit.outgoing)
+        loss, spread = (total.get(name, math.nan) for name in ("loss", "perplexity"))
+        return RoundResult(number, loss, spread, losses, commit.missing, commit.outgoing)
 
     def _commit(self, round_number: int | None) -> Commit:
         latest = self._commit_or_refuse()
@@ -284,4 +290,13 @@ class Simulation:
             silo["training"] = {k: v for k, v in silo.get("training", {}).items() if v is not None and k not in training}
         file = folder / "federation.yaml"
         file.write_text(yaml.safe_dump(terms), encoding="utf-8")
-        return Simulation(file)
+        made = Simulation(file)
+        for silo_id in self.federation.silo_ids:
+            policy = Policy.of(self.federation, silo_id)
+            if policy and policy.private and not made.federation.privacy.of_records:
+                raise RefusedError(
+                    f"silo {silo_id!r}: its policy lets its records be trained on with differential privacy only, {name} does without; compare on "
+                    "other records, or ask the silo's steward",
+                    "policy: privacy",
+                )
+        return made

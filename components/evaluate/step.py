@@ -52,8 +52,11 @@ def _score(federation: Federation, rounds: Rounds, latest: Commit, silo: Silo, h
         return status_text(silo_id, "ok", "its policy keeps its scores")
     # The commit names the best by what was known then; the last one is the only other that the last scores can make the best.
     globals_ = sorted({rounds.commit(0).outgoing, rounds.commit(latest.best).outgoing, latest.outgoing})
-    shards = {"valid": open_split(home, "valid")} | ({"test": open_split(home, "test")} if silo.test else {})
-    splits: tuple[Split, ...] = ("valid", "test") if silo.test else ("valid",)
+    present: tuple[Split, ...] = ("valid", "test") if silo.test else ("valid",)
+    shards = {split: open_split(home, split) for split in present}
+    sizes = {split: len(shard) for split, shard in shards.items()}
+    sizes["valid"] = min(sizes["valid"], agreement.evaluation.max_examples or sizes["valid"])
+    splits = [split for split, size in sizes.items() if policy is None or policy.scored(size)]
     wanted = [(split, g) for split in splits for g in globals_ if rounds.evaluation(g, silo_id, split, shards[split].digest) is None]
     watched = _unmeasured(rounds, latest, silo, home)
     if not wanted and not watched:

@@ -24,7 +24,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +32,7 @@ from pydantic import ValidationError
 from silotune.components import keys
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Federation, PublicKey
+from silotune.components.record_keys import highest
 from silotune.components.steward.entry import Charge, Entry
 from silotune.components.store.local_files import beside, file_errors
 from silotune.components.store.object_store import ObjectMissing, ObjectStore, open_store
@@ -104,12 +104,12 @@ class Ledger:
         Raises:
             RefusedError: one is missing, altered or not where it was written.
         """
-        count = self._count()
         if self._copies and not self._entries:
             self._recall(self._copies / f"{self.dataset}.jsonl")
-        if count < len(self._entries):
-            raise self._damaged(self.key(len(self._entries)), "was there before, and is gone")
-        if new := self._fetched(len(self._entries), count):
+        known = len(self._entries)
+        if known:
+            self._require_standing(known)
+        if new := self._fetched(known, self._count(known or self._bound())):
             self._take(new)
             self._keep_copy()
         return list(self._entries)
@@ -120,7 +120,9 @@ class Ledger:
         Raises:
             RefusedError: one is not what it was.
         """
-        found = self.entries()
+        found, self._volumes = self.entries(), set()
+        if self._count() < len(found):
+            raise self._damaged(self.key(len(found)), "was there before, and is gone")
         wanted = {self.key(number): line for number, line in enumerate(self._lines, 1)}
         wanted |= {self.volume_key(last): _volume(self._lines[last - VOLUME : last]) for last in self._volumes}
         for key, data in zip(wanted, self._get(wanted), strict=True):
@@ -158,28 +160,50 @@ class Ledger:
         Raises:
             RefusedError: no ledger in this place has one: its end, or all of it, was lost.
         """
-        for dataset in dict.fromkeys([self.dataset, *self.datasets()]):
-            ledger = self if dataset == self.dataset else self.beside(dataset)
-            if any(e.charge.plan == plan and e.charge.silo == silo_id for e in ledger.entries()):
-                return
+        if self._tells(plan, silo_id) or any(self.beside(name)._tells(plan, silo_id) for name in self.datasets() if name != self.dataset):
+            return
         raise RefusedError(
             f"{self.store}: the ledger of {self.dataset!r} does not tell of a round that silo {silo_id!r} has trained in (plan {plan[:12]}…), so that "
             "what was spent is not known; restore it from a backup, or say in the policy from which day on it is whole (ledger.since)",
             DAMAGED,
         )
 
-    def _count(self) -> int:
-        """How many entries there are; learns of the volumes."""
-        names = [key.rsplit("/", 1)[1] for key in self.store.list(f"{FOLDER}/{self.dataset}/")]
+    def _tells(self, plan: str, silo_id: str) -> bool:
+        return any(e.charge.plan == plan and e.charge.silo == silo_id for e in self.entries())
+
+    def _count(self, known: int = 0) -> int:
+        """How many entries there are, of which so many are known and not looked for; learns of the volumes."""
+        keys = self.store.list(f"{FOLDER}/{self.dataset}/", self.key(known) if known else "")
+        names = {key.rsplit("/", 1)[1] for key in keys}
         numbers = sorted(int(found[1]) for name in names if (found := re.fullmatch(r"(\d{6,})\.json", name)))
-        for expected, number in enumerate(numbers, 1):
+        for expected, number in enumerate(numbers, known + 1):
             if number != expected:
                 raise self._damaged(self.key(expected), "is missing, and later ones are there")
-        ends = [int(found[1]) for name in names if (found := re.fullmatch(r"\d{6,}-(\d{6,})\.jsonl", name))]
-        self._volumes = {end for end in ends if end % VOLUME == 0 and self.volume_key(end).rsplit("/", 1)[1] in names}
-        if max(self._volumes, default=0) > len(numbers):
-            raise self._damaged(self.key(len(numbers) + 1), "is missing, and a volume that holds it is there")
-        return len(numbers)
+        count = known + len(numbers)
+        ends = (int(found[1]) for name in names if (found := re.fullmatch(r"\d{6,}-(\d{6,})\.jsonl", name)))
+        bound = {end for end in ends if end % VOLUME == 0 and self.volume_key(end).rsplit("/", 1)[1] in names}
+        if max(bound, default=0) > count:
+            raise self._damaged(self.key(count + 1), "is missing, and a volume that holds it is there")
+        self._volumes |= bound
+        return count
+
+    def _bound(self) -> int:
+        """How many entries stand in volumes, by look-ups, since to list a long ledger takes longer than to read it; learns of the volumes."""
+        many = highest(lambda number: self.store.size(self.volume_key(number * VOLUME)) is not None)
+        ends = range(VOLUME, many * VOLUME + 1, VOLUME)
+        with ThreadPoolExecutor(READERS) as pool:
+            sizes = pool.map(self.store.size, map(self.volume_key, ends))
+        self._volumes = {end for end, size in zip(ends, sizes, strict=True) if size is not None}
+        return many * VOLUME
+
+    def _require_standing(self, number: int) -> None:
+        """The last known entry is in the store as it is known, so that this is no older state of it, and no other history."""
+        key, see = self.key(number), f" (see {self._copies / self.dataset}.jsonl)" if self._copies else ""
+        try:
+            if self.store.get(key) != self._lines[number - 1]:
+                raise self._damaged(key, f"is not what it was when this machine last read it{see}")
+        except ObjectMissing:
+            raise self._damaged(key, f"was there before, and is gone{see}") from None
 
     def _fetched(self, known: int, count: int) -> list[bytes]:
         """The entries behind those that are known, as they stand in the store."""
@@ -218,18 +242,14 @@ class Ledger:
         self._entries, self._lines = entries, lines
 
     def _recall(self, copy: Path) -> None:
-        """Know what a copy holds; one that is not whole is no loss, one that the store contradicts is a history that was written twice."""
+        """Know what a copy holds; one that is not whole is no loss."""
         try:
             self._take(copy.read_bytes().splitlines())
+            self._volumes = set(range(VOLUME, len(self._lines) + 1, VOLUME))  # their writers have put them there
         except FileNotFoundError:
             return
         except RefusedError:
             copy.unlink()
-            return
-        with suppress(ObjectMissing):  # told by the count
-            if self._lines and self.store.get(key := self.key(len(self._lines))) != self._lines[-1]:
-                self._entries, self._lines = [], []
-                raise self._damaged(key, f"is not what it was when this machine last read it (see {copy})")
 
     def _keep_copy(self) -> None:
         if self._copies:

@@ -89,6 +89,9 @@ class Policy(Section):
         "always says its examples, tokens and steps. Default: all that the protocol knows.",
     )
     scores: bool = Field(True, description="Score globals on the silo's valid and test records, and tell the sums.")
+    min_scored: Positive | None = Field(
+        None, description="Examples that a score must be over at least: a sum over few tells of each of them, and is not made."
+    )
     max_update_bytes: Positive | None = Field(None, description="Bytes of an update file at most.")
     max_runs: Positive | None = Field(None, description="Federations that may ever train on the data set, by their names.")
     expires: date | None = Field(None, description="First day (UTC) on which nothing is allowed any more.")
@@ -112,6 +115,10 @@ class Policy(Section):
     def private(self) -> bool:
         """Whether trainings must be differentially private."""
         return self.privacy.epsilon.any if self.privacy.required is None else self.privacy.required
+
+    def scored(self, examples: int) -> bool:
+        """Whether a score over so many examples may be told."""
+        return self.scores and examples >= (self.min_scored or 0)
 
     @classmethod
     def load(cls, file: Path) -> Policy:

@@ -81,14 +81,14 @@ class DirectoryStore:
         with self._reading(key) as source, beside(path) as temporary, temporary.open("wb") as target:
             shutil.copyfileobj(source, target, CHUNK)
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
         checked(prefix + "x")  # a prefix is the beginning of some key
         keys = []
         with file_errors(str(self)):
             for folder, _, names in os.walk(self._root / prefix.rpartition("/")[0], onerror=_unless_missing):
                 within = os.path.relpath(folder, self._root)
                 keys += names if within == "." else [f"{within}/{name}" for name in names]
-        return iter(sorted(key for key in keys if key.startswith(prefix) and KEY.match(key)))
+        return iter(sorted(key for key in keys if key.startswith(prefix) and KEY.match(key) and key > after))
 
     def delete(self, key: str) -> None:
         path = self._path(key)

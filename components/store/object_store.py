@@ -68,8 +68,12 @@ class ObjectStore(Protocol):
         The copy is not forced to disk: whoever keeps it over a power failure checks its digest.
         """
 
-    def list(self, prefix: str) -> Iterator[str]:
-        """All keys that start with these characters (``a/b`` also finds ``a/bc``), sorted; without what is being written."""
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
+        """All keys that start with these characters (``a/b`` also finds ``a/bc``), sorted; without what is being written.
+
+        Args:
+            after: only those that come after it in this order; a bucket of many is asked for no others.
+        """
 
     def delete(self, key: str) -> None:
         """Removes the object; a missing one is fine."""

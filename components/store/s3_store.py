@@ -153,12 +153,13 @@ class S3Store:
             for _ in pool.map(copy, range(0, size, PART)):
                 pass
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
         checked(prefix + "x")  # a prefix is the beginning of some key
+        start = {"StartAfter": self._prefix + checked(after)} if after else {}
         with self._speaking() as client:
-            pages = client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix + prefix)
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix + prefix, **start)
             keys = [found["Key"].removeprefix(self._prefix) for page in pages for found in page.get("Contents", ())]
-        return iter(sorted(key for key in keys if KEY.match(key)))
+        return iter(sorted(key for key in keys if KEY.match(key) and key > after))
 
     def delete(self, key: str) -> None:
         with self._speaking() as client:

@@ -204,9 +204,10 @@ def _train(
         rule = f"must be above 0 and at most the terms' {terms.learning_rate:g}, is {plan.learning_rate:g}"
         raise RefusedError(f"silo {silo_id!r}: the plan's learning rate {rule}; ask the coordinator", "terms differ")
     _write_control(rounds, plan, agreement, silo_id, home)
-    splits = {"train": shard.digest, "valid": open_split(home, "valid").digest}
+    valid = open_split(home, "valid")
+    splits = {"train": shard.digest, "valid": valid.digest}
     scored = rounds.evaluation(plan.incoming, silo_id, "valid", splits["valid"])
-    silent = policy is not None and not policy.scores
+    silent = policy is not None and not policy.scored(min(len(valid), agreement.evaluation.max_examples or len(valid)))
 
     def on_score(score: Score) -> None:
         if _write_score(rounds, score, plan.incoming, silo_id, "valid", splits["valid"], plan.round).loss_sum is None:

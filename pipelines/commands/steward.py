@@ -113,7 +113,8 @@ def _so_far(federation: Federation, silo_id: str, rules: Policy) -> list[str]:
     from silotune.pipelines.steward import privacy_view
 
     with contextlib.suppress(SilotuneError):
-        return [f"so far: {privacy_view.told(privacy_view.account(federation, silo_id, [], time.time(), rules))}"]
+        found = privacy_view.account(federation, silo_id, [], time.time(), rules, every=False)
+        return [f"so far: {privacy_view.told(found)} (ledger in {found.place})"]
     return ["so far: the ledger cannot be read from here"]
 
 
@@ -187,6 +188,8 @@ def dry_run(
         for line in _told(leaving):
             say(line)
     say(f"\nand nothing else: {len(found.leaving)} objects, {sum(x.size for x in found.leaving)} bytes")
+    if federation.privacy.secure_aggregation is not None:
+        say("but for what needs other silos: shares of secrets, sealed to each of them, and the update as whole numbers under masks")
 
 
 def _told(leaving: Leaving) -> list[str]:

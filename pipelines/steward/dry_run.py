@@ -34,7 +34,11 @@ from silotune.components.store.object_store import ObjectStore
 from silotune.components.train import step as train
 
 STEPS = 2
-OURS = ("max_update_bytes", "report", "scores", "strategies", "codecs", "bases", "secure_aggregation")  # rules that a dry run can hold to
+# Rules that a dry run can hold to: whose keys, images and ledger are real, it does not know.
+OURS = (
+    "bases", "strategies", "codecs", "privacy", "secure_aggregation", "min_participants", "report", "scores", "min_scored", "max_update_bytes",
+    "max_runs", "expires",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def run(federation: Federation, silo_id: str, policy: Policy | None = None) -> D
         storage = Path(Federation.load(file).silo(silo_id).storage)
         storage.mkdir(parents=True, mode=0o700)
         if policy:
-            kept = policy.model_dump(mode="json", include={"dataset", *OURS}, exclude_none=True)
+            kept = policy.model_dump(include={"dataset", *OURS}, exclude_none=True)
             (storage / NAME).write_text(yaml.safe_dump(kept), encoding="utf-8")
         statuses = [preprocess.work(str(file), silo_id)]
         others = [status_text(s, "failed", "not asked in a dry run") for s in federation.silo_ids if s != silo_id]

@@ -34,6 +34,7 @@ privacy:
 {participants}
 # report: [steps, seconds, epsilon, delta]    # numbers that reports may hold; left out: all that are known
 # scores: false               # keep even the sums of losses on valid and test
+# min_scored: 20              # or: tell them of so many examples together at least
 # max_update_bytes: 50_000_000
 # max_runs: 3                 # federations that may ever train on the data
 # expires: 2027-12-31         # first day on which nothing is allowed any more

@@ -70,12 +70,15 @@ class Account:
         return {count: names for count, names in found.items() if names}
 
 
-def account(federation: Federation, silo_id: str, rounds: Sequence[int], now: float, policy: Policy | None = None) -> Account:
-    """Read and verify a silo's ledger, every entry of it, and add it up.
+def account(
+    federation: Federation, silo_id: str, rounds: Sequence[int], now: float, policy: Policy | None = None, *, every: bool = True
+) -> Account:
+    """Read and verify a silo's ledger, and add it up.
 
     Args:
         rounds: numbers of further rounds, to be forecast; where the federation has trained here before, and with differential privacy.
         policy: to count by; default: the one that holds.
+        every: read every object anew, also those that a training does without.
 
     Raises:
         RefusedError: the ledger is damaged.
@@ -83,7 +86,7 @@ def account(federation: Federation, silo_id: str, rounds: Sequence[int], now: fl
     """
     policy = policy or Policy.of(federation, silo_id)
     ledger = Ledger.of(federation, silo_id, policy)
-    entries = ledger.every_entry()
+    entries = ledger.every_entry() if every else ledger.entries()
     terms = federation.privacy_agreed
     limits, unit = counted_by(policy, terms)
     bounded = policy is None or policy.private

@@ -85,8 +85,8 @@ class FaultyStore:
         if kind in ("truncate", "flip"):
             path.write_bytes(self._harmed(kind, path.read_bytes()))
 
-    def list(self, prefix: str) -> Iterator[str]:
-        return self._call(lambda: self._store.list(prefix))[0]
+    def list(self, prefix: str, after: str = "") -> Iterator[str]:
+        return self._call(lambda: self._store.list(prefix, after))[0]
 
     def delete(self, key: str) -> None:
         self._call(lambda: self._store.delete(key))

@@ -322,8 +322,8 @@ class Working(DirectoryStore):
 
     busy = False
 
-    def list(self, prefix: str) -> Any:
-        found = list(super().list(prefix))
+    def list(self, prefix: str, after: str = "") -> Any:
+        found = list(super().list(prefix, after))
         if self.busy:
             self.busy = False
             self.run()

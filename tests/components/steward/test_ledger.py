@@ -372,7 +372,7 @@ def test_of_a_long_ledger_volumes_are_read_and_what_is_behind_them(folder: Objec
     assert [e.charge.round for e in book.entries()] == list(range(1, 12))
     assert store.fetched == 2 + 3
     assert [e.charge.round for e in book.every_entry()] == list(range(1, 12))
-    assert store.fetched == 2 + 3 + 11 + 2
+    assert store.fetched == 2 + 3 + 1 + 11 + 2
     assert ledgers.ledger(folder, tmp_path).datasets() == ["notes"]
 
 
@@ -441,8 +441,21 @@ def test_entries_that_a_volume_still_has_are_missed(folder: ObjectStore, tmp_pat
     book = filled(folder, tmp_path, 5)
     folder.delete(book.key(5))
     folder.delete(book.key(4))
+    other = ledgers.ledger(folder, tmp_path)
+    assert [e.charge.round for e in other.entries()] == [1, 2, 3, 4]
+    with pytest.raises(RefusedError, match=r"000004\.json was there before, and is gone"):
+        other.every_entry()
+    folder.delete("ledger/notes/000001-000004.jsonl")
+    folder.create("ledger/notes/000005-000008.jsonl", b"later ones")
     with pytest.raises(RefusedError, match=r"000004\.json is missing, and a volume that holds it is there"):
         ledgers.ledger(folder, tmp_path).entries()
+
+
+def test_a_volume_that_is_gone_is_no_loss(folder: ObjectStore, tmp_path: Path, small: int) -> None:
+    filled(folder, tmp_path, 18)
+    for gone in (1, 5, 9):
+        folder.delete(f"ledger/notes/{gone:06d}-{gone + 3:06d}.jsonl")
+        assert [e.charge.round for e in ledgers.ledger(folder, tmp_path).every_entry()] == list(range(1, 19))
 
 
 def test_a_name_that_is_no_volumes_is_nothing_to_it(folder: ObjectStore, tmp_path: Path, small: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -317,6 +318,28 @@ def test_reports_and_scores_hold_what_the_policy_lets_out(make_federation: Any) 
     assert {"loss", "examples"} < set(reports["south"].numbers)
     scored = {k.split("/")[3] for k in rounds.store.list("tiny/evaluations/")}
     assert scored == {"east", "south"}
+
+
+def test_a_score_over_fewer_records_than_the_policy_wants_is_not_made(make_federation: Any) -> None:
+    """Of all valid and test records, and of those alone that the terms choose: one, in the extreme."""
+    file = make_federation(rounds={"total": 1, "quorum": 2}, evaluation={"max_examples": 2})
+    put(file, "north", min_scored=3)
+    put(file, "south", min_scored=2)
+    simulation = Simulation(file)
+    (result,) = simulation.run()
+    simulation.test()
+    scored = {(k.split("/")[3], k.split("/")[4].split("-")[0]) for k in simulation.rounds.store.list("tiny/evaluations/")}
+    assert scored == {("east", "valid"), ("east", "test"), ("south", "valid"), ("south", "test"), ("north", "test")}
+    assert set(result.silos) == {"east", "south"}
+
+
+def test_a_federation_in_which_nobody_tells_a_score_goes_on(make_federation: Any) -> None:
+    file = make_federation(rounds={"total": 2, "quorum": 2})
+    for silo in ("east", "north", "south"):
+        put(file, silo, scores=False)
+    results = list(Simulation(file).run())
+    assert [math.isnan(r.loss) for r in results] == [True, True]
+    assert not results[1].missing
 
 
 def test_a_training_loss_that_the_policy_keeps_stands_nowhere(make_federation: Any, tmp_path: Path) -> None:

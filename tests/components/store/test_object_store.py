@@ -137,6 +137,9 @@ def test_list_knows_prefixes_and_order(store: ObjectStore) -> None:
     assert list(store.list("b/")) == ["b/1", "b/10", "b/2", "b/c/d"]
     assert list(store.list("a")) == ["a", "a-b", "a.b", "ab/c"]
     assert list(store.list("b/c/d")) == ["b/c/d"]
+    assert list(store.list("b/", "b/10")) == ["b/2", "b/c/d"]
+    assert list(store.list("b/", "b/11")) == ["b/2", "b/c/d"]
+    assert list(store.list("b/", "b/c/d")) == list(store.list("b/", "c")) == []
     assert list(store.list("b/c/d/")) == list(store.list("nothing/here/")) == []
     for prefix in ("/", "../", "a//", ".tmp/"):
         with pytest.raises(ValueError, match="key: must be"):

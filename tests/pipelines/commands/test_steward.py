@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -186,6 +187,19 @@ def test_a_dry_run_is_held_to_the_policy(make_federation: Any, tmp_path: Path, s
     assert (code, "its policy allows at most 100 bytes" in err) == (4, True)
 
 
+@pytest.mark.parametrize(
+    ("says", "rule"),
+    [
+        ({"privacy": {"required": True}}, "differential privacy only"),
+        ({"expires": date(2020, 1, 1)}, "ended on"),
+        ({"min_participants": 4}, "4 silos or more"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_box_would(make_federation: Any, tmp_path: Path, silotune: Call, says: dict[str, Any], rule: str) -> None:
+    code, _, err = silotune("dry-run", make_federation(), "--mock", "--silo", "north", "--policy", written(tmp_path, **says))
+    assert (code, rule in err) == (4, True)
+
+
 def test_a_dry_run_uses_no_key_and_policy_of_this_machine(
     make_federation: Any, tmp_path: Path, silotune: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,7 +281,10 @@ def test_privacy_reads_every_entry_anew(spent: Path, silotune: Call, monkeypatch
 def test_a_review_tells_what_is_spent_so_far(spent: Path, silotune: Call) -> None:
     code, out, err = silotune("review", spent, "--silo", "north")
     assert code == 0, err
-    assert re.search(r"so far: 3 trainings on data set 'letters'; epsilon \d\.\d+ of 7 this month, epsilon \d\.\d+ of 8 in total", out)
+    assert re.search(
+        r"so far: 3 trainings on data set 'letters'; epsilon \d\.\d+ of 7 this month, epsilon \d\.\d+ of 8 in total \(ledger in \S+/ledger/letters\)",
+        out,
+    )
 
 
 def test_a_review_says_where_single_records_are_scored(make_federation: Any, tmp_path: Path, silotune: Call) -> None:
