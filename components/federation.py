@@ -61,6 +61,7 @@ class Silo(Section):
     train: str = Field(description="jsonl, csv, parquet, a folder of .txt files, or `s3://` with one of these.")
     valid: str | None = Field(None, description="Steers the run (convergence, best round). Default: a seeded part of train.")
     test: str | None = Field(None, description="Read by the evaluate box only.")
+    fields: dict[str, str] = Field(default_factory=dict, description="Its own names of columns, before `data.fields`.")
     storage: str = Field("", description="The silo's own folder: token shards, logs. Default `.silotune-private/<id>`.")
     canaries: Annotated[int, Field(ge=0, le=10_000)] = Field(
         0, description="Made-up records, of which a random half is trained on; by them it is measured what the model remembers. 30 will do."
@@ -284,6 +285,10 @@ class Federation(Section):
         with contextlib.suppress(OSError, ValueError, FederationError):  # a party without a sound key cannot take part, and is told so
             return [PublicKey(public=(self.key_folder(party) / f"{party}.pub").read_text().strip())]
         return []
+
+    def fields_of(self, silo: Silo) -> dict[str, str]:
+        """Field -> column where a silo's files name it otherwise."""
+        return self.data.fields | silo.fields
 
     def silo(self, silo_id: str) -> Silo:
         for silo in self.silos:

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from silotune.components.errors import FederationError
 from silotune.components.terms import privacy as privacy_terms
 from silotune.components.terms import strategies
+from silotune.components.terms.training import FIELDS, renames
 
 try:  # libyaml's, ten times as fast: a file with a thousand silos is read by each of a round's boxes
     from yaml import CSafeLoader as SafeLoader
@@ -81,7 +82,8 @@ def parse(path: Path, kind: str = "federation", keys: str = "name, model and sil
     except FileNotFoundError:
         raise FederationError(f"{path}: no such {kind} file; {cure}") from None
     except IsADirectoryError:
-        raise FederationError(f"{path}: is a folder; name the {kind} file in it") from None
+        inside = path / f"{kind}.yaml"
+        raise FederationError(f"{path}: is a folder; name the {kind} file in it" + (f", {inside}" if inside.is_file() else "")) from None
     except UnicodeDecodeError as error:
         raise FederationError(f"{path.name}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
@@ -91,7 +93,7 @@ def parse(path: Path, kind: str = "federation", keys: str = "name, model and sil
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise FederationError(f"{path.name}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(raw, dict):
-        raise FederationError(f"{path.name}: must hold keys such as {keys}, got {type(raw).__name__}")
+        raise FederationError(f"{path.name}: must hold keys such as {keys}, got {'nothing' if raw is None else f'a {type(raw).__name__}'}")
     return raw
 
 
@@ -112,7 +114,7 @@ def resolve(raw: dict[str, Any], folder: Path, problems: list[str]) -> None:
         value = holder.get(key) if isinstance(holder, dict) else None
         if not isinstance(value, str):
             return
-        value = _substitute(value, where, problems)
+        value = _substitute(value, where, unset)
         if not value.strip():
             problems.append(f"{where}: must not be empty, got {holder[key]!r}; give a path, or leave the key out")
             return
@@ -121,6 +123,7 @@ def resolve(raw: dict[str, Any], folder: Path, problems: list[str]) -> None:
             value = re.sub(r"://[^/@\s]+@", "://", value)
         holder[key] = _locate(value, folder, kind)
 
+    unset: dict[str, list[str]] = {}  # variable -> where it is asked for
     model, storage, tracking = (raw.get(k) for k in ("model", "storage", "tracking"))
     at(model, "base", "model.base", "base")
     if storage is None:
@@ -137,6 +140,9 @@ def resolve(raw: dict[str, Any], folder: Path, problems: list[str]) -> None:
         silo.setdefault("storage", f"./.silotune-private/{silo.get('id', i)}")
         for key in PATH_FIELDS:
             at(silo, key, f"silos[{i}].{key}", "path")
+    for name, places in unset.items():
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        problems.append(f"{places[0]}{more}: the environment variable {name} is not set; export {name}=…")
 
 
 def _silos(raw: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -144,12 +150,12 @@ def _silos(raw: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from ((i, s) for i, s in enumerate(silos if isinstance(silos, list) else []) if isinstance(s, dict))
 
 
-def _substitute(value: str, where: str, problems: list[str]) -> str:
+def _substitute(value: str, where: str, unset: dict[str, list[str]]) -> str:
     def variable(match: re.Match[str]) -> str:
         name, default = match[1], match[2]
         got = os.environ.get(name) or default if default is not None else os.environ.get(name)  # as in a shell: empty counts as unset
         if got is None:
-            problems.append(f"{where}: the environment variable {name} is not set, got {value!r}; export {name}=…")
+            unset.setdefault(name, []).append(where)
             return match[0]
         return got
 
@@ -188,6 +194,9 @@ def explain(error: Any, model: type[BaseModel], patterns: Mapping[str, str] = PA
         return f"{where}: unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}")
     rule = {"model_type": "must hold keys and values", "model_attributes_type": "must hold keys and values"}.get(kind)
     rule = rule or error["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    if kind == "string_type":
+        cure = "; put it in quotes" if isinstance(got, bool | int | float) else ""
+        return f"{where}: must be text, got {'nothing' if got is None else repr(got)}{cure}"
     if kind == "too_short":
         rule = "must not be empty"
     if kind == "string_pattern_mismatch":
@@ -238,6 +247,7 @@ def contradictions(raw: dict[str, Any]) -> list[str]:
                 )
             first.setdefault(name, i)
         homes.setdefault(str(silo.get("storage")), i)
+    problems += _field_contradictions(raw)
     problems += _key_contradictions(raw)
     problems += strategies.conflicts(raw)
     problems += privacy_terms.conflicts(raw)
@@ -254,6 +264,15 @@ def contradictions(raw: dict[str, Any]) -> list[str]:
     if isinstance(quorum, int) and isinstance(silos, list) and quorum > len(silos):
         problems.append(f"{where}: must be at most the number of silos, {len(silos)}, got {quorum}; lower it or add silos")
     return problems
+
+
+def _field_contradictions(raw: dict[str, Any]) -> list[str]:
+    data = raw.get("data")
+    kind = data.get("format", "prompt-response") if isinstance(data, dict) else "prompt-response"
+    if kind not in FIELDS:
+        return []
+    own = ((i, silo["fields"]) for i, silo in _silos(raw) if isinstance(silo.get("fields"), dict))
+    return [f"silos[{i}]: {problem}" for i, fields in own if (problem := renames(map(str, fields), kind))]
 
 
 def _key_contradictions(raw: dict[str, Any]) -> list[str]:

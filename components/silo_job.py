@@ -98,6 +98,8 @@ def supervise(
     except (SilotuneError, OSError) as error:
         kind, reason, detail = _failure(error)
         status = status_text(silo_id, kind, "" if kind == "late" else reason)
+        if box == "preprocess":
+            _note_unready(federation, silo, reason)
         if turn and not turn.done and not node:
             detail += _report_failure(federation, turn, silo_id, kind, reason)
     tell(box, "ended", silo_id, status=status, detail=detail, seconds=round(time.monotonic() - began, 2))
@@ -123,6 +125,14 @@ def _failure(error: SilotuneError | OSError) -> tuple[Status, str, str]:
         return ("refused" if isinstance(error, RefusedError) else "failed"), error.reason, str(error)
     told = ending.told(error)
     return "failed", told["reason"], told["message"]
+
+
+UNREADY = "unready.txt"  # in a silo's folder: why its records could not be made ready, for the later boxes of the run
+
+
+def _note_unready(federation: Federation, silo: Silo, reason: str) -> None:
+    with contextlib.suppress(OSError):
+        (silo_home(federation, silo) / UNREADY).write_text(reason)
 
 
 def _report_failure(federation: Federation, turn: Turn, silo: str, status: Status, reason: str) -> str:

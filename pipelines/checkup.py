@@ -11,10 +11,12 @@ from silotune.components import base_model
 from silotune.components.errors import FederationError
 from silotune.components.federation import Agreement, Federation, Silo
 from silotune.components.federation_file import is_remote
+from silotune.components.learning.records import PERSON
 from silotune.components.protocol import Commit
 from silotune.components.rounds import Rounds
 from silotune.components.terms.privacy import SiloPrivacy, most_in_league, sums_securely, threshold_of
 from silotune.components.terms.strategies import RULES, STRATEGIES
+from silotune.components.terms.training import Training
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -59,7 +61,7 @@ def terms_table(federation: Federation, base: base_model.Base | None) -> Rendera
         "silos": "\n".join(_silo(silo) for silo in f.silos),
         "data": f"{f.data.format}, at most {f.data.max_length} tokens",
         "rounds": f"{f.rounds.total}, {f.rounds.per_run or 'all'} per run, quorum {_quorum(f)}{until}",
-        "training": f"{t.steps} steps of {t.batch_size} examples per round, rate {t.learning_rate:g} {t.schedule}, seed {t.seed}",
+        "training": f"{t.steps} steps of {t.batch_size} examples per round, rate {t.learning_rate:g}, {_course(t)}, seed {t.seed}",
         "aggregation": _aggregation(f),
         "privacy": _privacy(f),
         "export": f"{f.export.select} round, {'merged model' if f.export.merge and f.model.method == 'lora' else 'as trained'}",
@@ -119,10 +121,18 @@ def _noisy_quantile(federation: Federation, terms: SiloPrivacy) -> list[str]:
     ]
 
 
+def _course(terms: Training) -> str:
+    """How the rate goes, within a round and over all."""
+    within = f"{terms.schedule} in a round" if terms.schedule != "constant" else ""
+    over = f"{terms.round_schedule} over the rounds" if terms.round_schedule != "constant" else ""
+    return ", ".join(filter(None, (within, over))) or "constant"
+
+
 def _aggregation(federation: Federation) -> str:
     terms = federation.aggregation
     rule = f", {terms.robust.rule} against {terms.robust.hostile} hostile" if terms.robust else ""
-    return f"{terms.strategy} by {terms.weights}{rule}, updates in {federation.communication.codec}"
+    clip = f", norms of at most {terms.clip.norm:g}" if terms.clip and terms.clip.norm else ""
+    return f"{terms.strategy} by {terms.weights}{rule}{clip}, updates in {federation.communication.codec}"
 
 
 def composition_tables() -> tuple[RenderableType, RenderableType, RenderableType]:
@@ -219,28 +229,60 @@ class Reading:
 
     silo: str
     split: str
-    records: int
+    told: str
     problem: str = ""
 
 
-def readings(federation: Federation) -> Iterator[Reading]:
-    """Read every record on this machine, with the reader that preprocess uses; a file's first problem is told."""
-    from silotune.components.learning.records import read_records
+def readings(federation: Federation, base: base_model.Base | None) -> Iterator[Reading]:
+    """Read every record on this machine, with the reader that preprocess uses; a file's first problem is told.
 
+    With a base its tokenizer says, too, what would be cut or left out.
+    """
     for silo in federation.silos:
         for split in ("train", "valid", "test"):
             source = getattr(silo, split)
             if not source:
                 continue
             if is_remote(source):
-                yield Reading(silo.id, split, 0, "not read: it is in S3")
+                yield Reading(silo.id, split, "not read: it is in S3")
                 continue
-            count = 0
             try:
-                for _ in read_records(Path(source), federation.data.format, federation.data.fields):
-                    count += 1
-                if not count:
-                    raise FederationError(f"{Path(source).name}: holds no record; give a file with at least one")
-                yield Reading(silo.id, split, count)
+                yield Reading(silo.id, split, _reading(federation, silo, Path(source), base, alone=split == "train" and not silo.valid))
             except FederationError as error:
-                yield Reading(silo.id, split, count, str(error))
+                yield Reading(silo.id, split, "", str(error))
+
+
+def _reading(federation: Federation, silo: Silo, source: Path, base: base_model.Base | None, *, alone: bool) -> str:
+    """What is in one split; ``alone`` where valid is set aside from it.
+
+    Raises:
+        FederationError: what preprocess would say.
+    """
+    from silotune.components.learning.records import read_records
+
+    data, person = federation.data, federation.privacy.person_field
+    first: set[str] = set()  # of what is set aside or not at least two must be there
+
+    def records() -> Iterator[tuple[str, dict[str, Any]]]:
+        for place, record in read_records(source, data.format, federation.fields_of(silo), person):
+            if len(first) < 2:
+                first.add(str(record.get(PERSON) or record))
+            yield place, record
+
+    if base is None:
+        count = sum(1 for _ in records())
+        if not count:
+            raise FederationError(f"{source.name}: holds no record; give a file with at least one")
+        told = f"{count} records"
+    else:
+        from silotune.components.learning.model import load_tokenizer
+        from silotune.components.learning.tokens import Tokeniser, count_examples
+
+        tokeniser = Tokeniser(load_tokenizer(base.folder), data.template, data.max_length, data.long_examples)
+        try:
+            told = count_examples(records(), tokeniser).told(data.max_length)
+        except FederationError as error:
+            raise FederationError(str(error) if str(error).startswith(source.name) else f"{source.name}: {error}") from None
+    if alone and len(first) < 2:
+        raise FederationError(f"{source.name}: holds one record or person only, of which nothing can be set aside; name a valid file")
+    return told

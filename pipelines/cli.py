@@ -25,25 +25,28 @@ import sys
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from silotune.components.errors import FederationError, SilotuneError
 from silotune.pipelines.commands import cluster, integrity, leakage_audit, steward
+from silotune.pipelines.commands.listing import Listing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.console import Console
 
+    from silotune.components.base_model import Base
     from silotune.components.federation import Federation
     from silotune.components.rounds import Rounds
     from silotune.pipelines.engines import LocalRun
     from silotune.pipelines.progress_view import Course
 
 app = typer.Typer(
-    add_completion=False,
+    cls=Listing,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -101,11 +104,15 @@ def new(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for t
     from silotune.pipelines import starter
 
     file = starter.write(folder)
-    typer.echo(f"{file} written; name your model and silos in it, then: silotune check {file}")
+    typer.echo(f"{file} written; name your model and silos in it, then: silotune check {quote(str(file))}")
 
 
 @app.command()
-def check(file: File, data: Annotated[bool, typer.Option("--data", help="Also read every record on this machine.")] = False) -> None:
+def check(
+    file: File,
+    data: Annotated[bool, typer.Option("--data", help="Also read every record on this machine.")] = False,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Also tokenise them, and tell how many would be cut or left out.")] = False,
+) -> None:
     """Check a federation file, and say what an edit of it would mean."""
     from silotune.pipelines import checkup
 
@@ -113,20 +120,22 @@ def check(file: File, data: Annotated[bool, typer.Option("--data", help="Also re
     base = checkup.local_base(federation)
     console.print(f"[bold]{federation.name}[/]: {file} is valid", highlight=False)
     console.print(checkup.terms_table(federation, base))
-    if data:
-        _check_data(federation, console)
+    if data or tokens:
+        if tokens and base is None:
+            raise FederationError(f"--tokens: needs a base model in a folder, got {federation.model.base}; fetch it first, or use --data")
+        _check_data(federation, base if tokens else None, console)
     for line in checkup.edit_lines(federation, _rounds(federation), base):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _check_data(federation: Federation, console: Console) -> None:
+def _check_data(federation: Federation, base: Base | None, console: Console) -> None:
     from silotune.pipelines.checkup import readings
 
     problems = []
-    for r in readings(federation):
-        told = r.problem or f"{r.records} records"
-        console.print(f"{r.silo} {r.split}: {told}", markup=False, highlight=False, soft_wrap=True)
-        if r.problem and not r.problem.startswith("not read"):
+    for r in readings(federation, base):
+        if r.told:
+            console.print(f"{r.silo} {r.split}: {r.told}", markup=False, highlight=False, soft_wrap=True)
+        else:
             problems.append(f"{r.silo} {r.split}: {r.problem}")
     if problems:
         raise FederationError("\n  ".join(["the records of these silos cannot be used:", *problems]))
@@ -174,7 +183,8 @@ def run(
         console.print(stand.comparison_table(found))
     if exported:
         console.print(f"model: {exported.location}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow: silotune ui {file}", highlight=False, soft_wrap=True)
+    if federation.tracking.uri != "none":
+        console.print(f"MLflow: silotune ui {quote(str(file))}", highlight=False, soft_wrap=True)
 
 
 def _tell_custody(federation: Federation) -> None:
@@ -208,7 +218,7 @@ def _run_here(federation: Federation, store: Rounds, slots: int, start: Callable
                 signal.signal(number, signal.SIG_IGN)
             if going:
                 going.stop()
-            typer.echo(f"\nstopped; nothing committed is lost, `silotune run {file}` goes on from there", err=True)
+            typer.echo(f"\nstopped; nothing committed is lost, `silotune run {quote(str(file))}` goes on from there", err=True)
             raise typer.Exit(143 if isinstance(why, Terminated) else 130) from None
         except BaseException:
             if going:
@@ -218,7 +228,7 @@ def _run_here(federation: Federation, store: Rounds, slots: int, start: Callable
     _tell_troubles(course, console)
     if code := result["exit_code"]:
         log = f"\nlog: {going.log}" if code == 1 and str(going.log) not in result["message"] else ""
-        again = "" if code == FederationError.exit_code else f"\n`silotune run {file}` goes on from what is committed"
+        again = "" if code == FederationError.exit_code else f"\n`silotune run {quote(str(file))}` goes on from what is committed"
         _fail(f"{result['message']}{log}{again}", code)
 
 
@@ -254,7 +264,7 @@ def status(file: File, as_json: Annotated[bool, typer.Option("--json", help="For
         typer.echo(json.dumps(found.as_json(), indent=2, allow_nan=False))
     else:
         console = _console()
-        console.print(stand.status_table(found, len(federation.silos)))
+        console.print(stand.status_table(found, len(federation.silos), console.width))
         for line in stand.notes(found):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -306,9 +316,11 @@ def ui(file: File, port: Annotated[int, typer.Option(min=1, max=65535, help="Por
     if uri.startswith(("http://", "https://")):
         typer.echo(f"MLflow is at {uri}")
         return
+    if uri == "none":
+        raise FederationError("tracking.uri: is none, so that nothing is tracked; name a file or a server, then: silotune sync FILE")
     folder = Path(uri.removeprefix("sqlite:///"))
     if not folder.exists():
-        raise FederationError(f"tracking.uri {uri!r}: nothing is tracked there yet; `silotune run {file}` makes it")
+        raise FederationError(f"tracking.uri {uri!r}: nothing is tracked there yet; `silotune run {quote(str(file))}` makes it")
     typer.echo(f"MLflow is coming up at http://127.0.0.1:{port}; Ctrl-C ends it", err=True)
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # else it starts seven more processes
     os.chdir(folder.parent)  # where MLflow drops what it writes beside its database
@@ -371,9 +383,10 @@ def _rounds(federation: Federation) -> Rounds:
 
 
 def _console() -> Console:
+    """Of the terminal's width; where it is none, wide enough that no path or number is broken or cut."""
     from rich.console import Console
 
-    return Console()
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=200)
 
 
 if __name__ == "__main__":

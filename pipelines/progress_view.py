@@ -7,6 +7,7 @@ Course                                   what is known of a run from its events 
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Course:
         self.first = 0  # round that the run's first slot works on
         self.slots = slots
         self.troubles: dict[str, list[str]] = {}  # by silo; '' for the coordinator
+        self.unready: set[str] = set()  # silos whose records could not be made ready: what follows from that is no news
         self.begun = 0  # boxes
         self._costs: dict[tuple[str, str], float] = {}  # seconds of a (box, silo), to the start of the next one
         self._todo = Counter([(box, s) for box in ("preprocess", "evaluate") for s in silos])
@@ -78,6 +80,8 @@ class Course:
             self.begun += 1
             self._todo[box, silo] = max(0, self._todo[box, silo] - 1)
             return ""
+        if silo in self.unready and box != "preprocess" and (what == "warned" or (what == "ended" and not _is_ok(event))):
+            return f"{box} {silo}  not ready" if what == "ended" else ""
         if what == "warned":
             return f"warning: {self._trouble(silo, event['detail'])}"
         if what != "ended":
@@ -86,6 +90,7 @@ class Course:
         if silo:
             _, status, reason = parse_status(event["status"])
             if status != "ok":
+                self.unready |= {silo} if box == "preprocess" else set()
                 return f"warning: {self._trouble(silo, f'{box} {status}: ' + (event['detail'] or reason))}"
             return f"{box} {silo}  {took}"
         if box in ("initialize", "aggregate"):
@@ -106,7 +111,7 @@ class Course:
         known = self.troubles.setdefault(silo, [])
         if text not in known:
             known.append(text)
-        return f"{silo}: {text}" if silo and silo not in text else text
+        return f"{silo}: {text}" if silo and not re.search(rf"(?<![\w-]){re.escape(silo)}(?![\w-])", text) else text
 
     def _finish(self, at: float) -> None:
         if self.current:
@@ -146,6 +151,10 @@ class Course:
             return "getting ready"
         last = self.first + self.slots - 1
         return f"round {self.turn.round} of {last}" if self.turn.round <= last else f"rounds {self.first} to {last} are committed"
+
+
+def _is_ok(event: dict[str, Any]) -> bool:
+    return parse_status(event["status"])[1] == "ok"
 
 
 class View:

@@ -47,6 +47,7 @@ from silotune.components.rounds import Rounds
 from silotune.components.share import step as share
 from silotune.components.silo_job import silo_home, status_text
 from silotune.components.steward.policy import Policy
+from silotune.components.terms.training import FIELDS
 from silotune.components.train import step as train
 from silotune.components.unmask import step as unmask
 
@@ -141,11 +142,11 @@ class Simulation:
     def centralised(self, *, rounds: int | None = None, **training: Any) -> Simulation:
         """One model on all silos' records, with as many steps as all silos together; arguments as for `alone`."""
         folder = self._work("centralised")
-        pool: dict[str, Any] = {"id": "pooled", "storage": str(folder / "private")}
+        own = {field: field for field in FIELDS[self.federation.data.format]}  # the pool's names, whatever the silos' files say
+        pool: dict[str, Any] = {"id": "pooled", "storage": str(folder / "private"), "fields": own}
         for split in ("train", "valid", "test"):
-            sources = [getattr(s, split) for s in self.federation.silos]
-            if all(sources):
-                pool[split] = str(self._pool(folder / f"{split}.jsonl", sources))
+            if all(getattr(s, split) for s in self.federation.silos):
+                pool[split] = str(self._pool(folder / f"{split}.jsonl", split))
         steps = sum(s.training.steps or self.federation.training.steps for s in self.federation.silos)
         return self._baseline("centralised", [pool], rounds, {"steps": steps, **training})
 
@@ -258,10 +259,11 @@ class Simulation:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def _pool(self, target: Path, sources: list[str]) -> Path:
+    def _pool(self, target: Path, split: str) -> Path:
         with target.open("w", encoding="utf-8") as out:
-            for source in sources:
-                for _, record in read_records(Path(source), self.federation.data.format, self.federation.data.fields):
+            for silo in self.federation.silos:
+                source, fields = getattr(silo, split), self.federation.fields_of(silo)
+                for _, record in read_records(Path(source), self.federation.data.format, fields):
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
         return target
 

@@ -30,7 +30,7 @@ model:
 data:
   format: prompt-response       # one {"prompt": …, "response": …} a line; or chat ({"messages": […]}), or text
   max_length: 512               # tokens per example at most
-  # fields: {prompt: question, response: answer}     # where the files' columns are named otherwise
+  # fields: {prompt: question, response: answer}     # where the files' columns are named otherwise; a silo may have its own, too
 
 silos:                          # each keeps its records; only updates and losses leave it
   - id: north

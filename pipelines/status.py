@@ -207,8 +207,8 @@ def comparison(federation: Federation, rounds: Rounds) -> Comparison | None:
 # For people
 
 
-def status_table(found: Status, participants: int) -> RenderableType:
-    """The course, and the silos' own losses in the last round that has been evaluated."""
+def status_table(found: Status, participants: int, width: int = 200) -> RenderableType:
+    """The course, and the silos' own losses in the last round that has been evaluated; in ``width`` columns, without some where it is less."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -216,12 +216,18 @@ def status_table(found: Status, participants: int) -> RenderableType:
     title = Text.assemble((found.federation, "bold"), f"  agreement {(found.digest or 'none yet')[:SHOWN]}")
     if not found.rounds:
         return Group(title, Text("no round is committed; `silotune run` begins"))
+    names = ("round", "silos", "loss", "perplexity", "up", "down", "time", "global")
+    rows = [_cells(r, participants) for r in found.rounds]
+    widths = {name: max(len(name), *(len(row[i]) for row in rows)) for i, name in enumerate(names)}
+    while sum(widths.values()) + 2 * len(widths) > width and (
+        least := next((n for n in ("down", "up", "time", "perplexity") if n in widths), "")
+    ):
+        del widths[least]
     table = Table(box=None, pad_edge=False)
-    for name in ("round", "silos", "loss", "perplexity", "up", "down", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("global", no_wrap=True)
-    for r in found.rounds:
-        table.add_row(*_cells(r, participants))
+    for name in widths:
+        table.add_column(name, justify="left" if name == "global" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell for name, cell in zip(names, row, strict=True) if name in widths))
     parts: list[RenderableType] = [title, table]
     evaluated = [r for r in found.rounds if r.evaluated]
     if evaluated:

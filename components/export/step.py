@@ -45,7 +45,7 @@ def work(federation_file: str, turn_text: str, *statuses: str) -> str:
         raise RefusedError("nothing to export: no round is committed; run the federation first")
     for silo, status, reason in map(parse_status, statuses):
         if status != "ok":
-            tell("evaluate", "warned", silo, detail=f"{silo} has not been evaluated: {status}: {reason}")
+            tell("evaluate", "warned", silo, detail=f"has not been evaluated: {status}: {reason}")
     number = best_global.best_round(rounds) if federation.export.select == "best" else latest.round
     commit = rounds.commit(number)
     require_unexposed(federation, rounds, commit)

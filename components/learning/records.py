@@ -1,6 +1,6 @@
 """Records: what a silo's files hold, one dict at a time, and the text an example is made of.
 
-Reads jsonl, csv, parquet, txt, and folders of these (files in name order). Errors name the file and the line, never a record's content:
+Reads jsonl, csv, parquet, txt, and folders of these (files in the order of their paths, those of inner folders among them; none that is hidden). Errors name the file and the line, never a record's content:
 a message may travel further than a record may.
 """
 
@@ -14,8 +14,30 @@ from pathlib import Path
 from typing import Any
 
 from silotune.components.errors import FederationError
+from silotune.components.terms.training import FIELDS
 
-FIELDS = {"prompt-response": ("prompt", "response"), "chat": ("messages",), "text": ("text",)}
+# Names of columns that an error may tell. Any other might be a record: of a csv without a header the first line counts as names.
+USUAL = (
+    "prompt",
+    "response",
+    "question",
+    "answer",
+    "instruction",
+    "input",
+    "output",
+    "completion",
+    "context",
+    "text",
+    "content",
+    "messages",
+)
+CURES = {
+    ".json": "write one JSON object a line, as .jsonl",
+    ".gz": "unpack it",
+    ".zip": "unpack it",
+    ".tsv": "save it as .csv, with commas",
+    ".xlsx": "save it as .csv",
+}
 
 PERSON = "person"  # in a record: whose it is, where that is asked for; never of a format's own fields
 
@@ -44,19 +66,31 @@ def read_records(path: Path, kind: str, fields: dict[str, str], person: str | No
     """
     if not path.exists():
         raise FederationError(f"{path}: no such file; correct the path in the federation file")
-    files = sorted(p for p in path.iterdir() if p.suffix in READERS) if path.is_dir() else [path]
+    files = data_files(path)
     if not files:
         raise FederationError(f"{path}: holds no {', '.join(sorted(READERS))} file")
     for file in files:
-        if file.suffix not in READERS:
-            raise FederationError(f"{file}: must be one of {', '.join(sorted(READERS))}, got {file.suffix or 'no suffix'!r}")
+        kind_of_file = file.suffix.lower()
+        if kind_of_file not in READERS:
+            got = file.suffix or "no suffix"
+            raise FederationError(
+                f"{file}: must be one of {', '.join(sorted(READERS))}, got {got!r}; {CURES.get(kind_of_file, 'convert it')}"
+            )
         try:
-            for place, row in READERS[file.suffix](file):
+            for place, row in READERS[kind_of_file](file):
                 yield place, _pick(place, row, kind, fields) | ({} if person is None else {PERSON: _person(place, row, person)})
         except UnicodeDecodeError as error:
             raise FederationError(f"{file.name}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None
         except OSError as error:
             raise FederationError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files that a location names: itself, or all of a folder that can be read."""
+    if not path.is_dir():
+        return [path]
+    inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file())
+    return [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
 
 
 def _pick(place: str, row: dict[str, Any], kind: str, fields: dict[str, str]) -> dict[str, Any]:
@@ -65,18 +99,39 @@ def _pick(place: str, row: dict[str, Any], kind: str, fields: dict[str, str]) ->
         column = fields.get(field, field)
         if column not in row:
             raise FederationError(
-                f"{place}: has no field {column!r}, which format {kind!r} needs; add it, or name the column under data.fields"
+                f"{place}: has no field {column!r}, which format {kind!r} needs{_usual(row)}; add it, or name the column under data.fields, or "
+                "under the silo's own fields"
             )
         value = row[column]
         if field == "messages":
             if not isinstance(value, list) or not value or not all(_is_message(m) for m in value):
                 raise FederationError(f"{place}: field {column!r} must be a list of objects with text in 'role' and 'content'")
         elif not isinstance(value, str):
-            raise FederationError(f"{place}: field {column!r} must be text, got {type(value).__name__}")
+            raise FederationError(f"{place}: field {column!r} must be text, got {_kind(value)}; write it as text")
         if not _is_unicode(value):
             raise FederationError(f"{place}: field {column!r} holds half a character (a lone surrogate such as \\ud800); correct the text")
         picked[field] = value
     return picked
+
+
+def _usual(row: dict[str, Any]) -> str:
+    """The names in a record that are no news to anybody."""
+    found = [repr(name) for name in row if str(name).strip().casefold() in USUAL]
+    return f" (there is {', '.join(found)})" if found else ""
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in JSON's words, and never what it says."""
+    kinds = {
+        type(None): "nothing",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
+    return kinds.get(type(value), type(value).__name__)
 
 
 def _person(place: str, row: dict[str, Any], column: str) -> str:
@@ -84,7 +139,7 @@ def _person(place: str, row: dict[str, Any], column: str) -> str:
     value = row.get(column)
     if isinstance(value, bool) or not isinstance(value, str | int) or str(value).strip() == "":
         raise FederationError(
-            f"{place}: field {column!r} must say whose record it is, as text or a whole number, got {type(value).__name__}; "
+            f"{place}: field {column!r} must say whose record it is, as text or a whole number, got {_kind(value)}; "
             "fill it in, or correct privacy.person_field"
         )
     return str(value).strip()
@@ -117,7 +172,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, RecursionError):
                 raise FederationError(f"{place}: not valid JSON; write one JSON object a line") from None
             if not isinstance(row, dict):
-                raise FederationError(f"{place}: must be a JSON object, got {type(row).__name__}; write one JSON object a line")
+                raise FederationError(f"{place}: must be a JSON object, got {_kind(row)}; write one JSON object a line")
             yield place, row
 
 

@@ -42,6 +42,18 @@ class Counts:
     truncated: int
     dropped: int
 
+    def told(self, max_length: int) -> str:
+        """In words, with all that was lost."""
+        cut = f", {self.truncated} cut at {max_length} tokens" if self.truncated else ""
+        left = f", {self.dropped} left out, with nothing to learn within {max_length} tokens" if self.dropped else ""
+        more = f" in {self.examples} examples" if self.examples > self.records else ""
+        return f"{self.records} records{more}{cut}{left}"
+
+    @property
+    def lossy(self) -> bool:
+        """Whether so much was cut or left out, a tenth of the examples, that somebody should know."""
+        return 10 * (self.truncated + self.dropped) > self.examples + self.dropped
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -94,6 +106,14 @@ class Tokeniser:
             for x, ids, spans, add in zip(laid, encoded["input_ids"], encoded["offset_mapping"], whole, strict=True):
                 yield self._cut(*self._mark(x, ids, spans, add), is_text=x.spans == ((0, len(x.text)),) and add)
 
+    def fit(self, ids: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """As much of an example as is learned from; None where nothing is."""
+        if len(ids) > self.max_length:
+            if self.long_examples == "drop":
+                return None
+            ids, targets = ids[: self.max_length], targets[: self.max_length]
+        return (ids, targets) if targets.any() else None
+
     def _is_chat(self, record: dict[str, Any]) -> bool:
         return "messages" in record or ("prompt" in record and self.template == "chat")
 
@@ -140,6 +160,41 @@ class Tokeniser:
         return pieces
 
 
+def _why_nothing(records: int, shortest: int, tokeniser: Tokeniser) -> str:
+    """Why there is nothing to learn from ``records``, of whose examples that are too long the shortest has so many tokens."""
+    if not records:
+        return "holds no record; give a file with at least one"
+    if not shortest:
+        return f"none of its {records} records has anything to learn; responses or texts are empty"
+    cure = "raise it, or set long_examples: truncate" if tokeniser.long_examples == "drop" else "raise it: prompts alone are longer"
+    return (
+        f"no example fits data.max_length={tokeniser.max_length} with a token to learn (the shortest of {records} has {shortest}); {cure}"
+    )
+
+
+def count_examples(records: Iterable[tuple[str, dict[str, Any]]], tokeniser: Tokeniser) -> Counts:
+    """What would become of records, without writing anything.
+
+    Raises:
+        FederationError: as of `write_shard`; a record cannot be read.
+    """
+    seen, kept, tokens, learned, truncated, dropped, shortest = 0, 0, 0, 0, 0, 0, 0
+    for examples in tokeniser(records):
+        seen += 1
+        for ids, targets in examples:
+            fitting = tokeniser.fit(ids, targets)
+            if len(ids) > tokeniser.max_length:
+                shortest = min(shortest or len(ids), len(ids))
+            if fitting is None:
+                dropped += 1
+                continue
+            kept, tokens, learned = kept + 1, tokens + len(fitting[0]), learned + int(fitting[1].sum())
+            truncated += len(fitting[0]) < len(ids)
+    if not kept:
+        raise FederationError(_why_nothing(seen, shortest, tokeniser))
+    return Counts(kept, tokens, learned, seen, truncated, dropped)
+
+
 def write_shard(folder: Path, records: Iterable[tuple[str, dict[str, Any]]], tokeniser: Tokeniser, what: str) -> Shard:
     """Tokenise records into a shard, in bounded memory, and put it at ``folder`` in one rename.
 
@@ -163,30 +218,20 @@ def write_shard(folder: Path, records: Iterable[tuple[str, dict[str, Any]]], tok
             for ids, targets in examples:
                 if len(ids) > tokeniser.max_length:
                     shortest = min(shortest or len(ids), len(ids))
-                    if tokeniser.long_examples == "drop":
-                        dropped += 1
-                        continue
-                    ids, targets = ids[: tokeniser.max_length], targets[: tokeniser.max_length]
-                    truncated += bool(targets.any())
-                if not targets.any():
+                fitting = tokeniser.fit(ids, targets)
+                if fitting is None:
                     dropped += 1
                     continue
+                truncated += len(fitting[0]) < len(ids)
+                ids, targets = fitting
                 tokens_file.write(ids.astype("<i4").tobytes())
                 targets_file.write(targets.tobytes())
                 offsets.append(offsets[-1] + len(ids))
                 units.append(numbers.setdefault(unit, len(numbers)))
                 targets_total += int(targets.sum())
-    if not seen:
-        shutil.rmtree(scratch)
-        raise FederationError(f"{what}: holds no record; give a file with at least one")
     if len(offsets) == 1:
         shutil.rmtree(scratch)
-        if not shortest:
-            raise FederationError(f"{what}: none of its {seen} records has anything to learn; responses or texts are empty")
-        raise FederationError(
-            f"{what}: no example fits data.max_length={tokeniser.max_length} with a token to learn (the shortest of {seen} has {shortest}); "
-            "raise max_length, or set long_examples: truncate"
-        )
+        raise FederationError(f"{what}: {_why_nothing(seen, shortest, tokeniser)}")
     np.array(offsets, dtype="<i8").tofile(scratch / "offsets.i64")
     np.array(units, dtype="<i4").tofile(scratch / "units.i32")
     counts = Counts(len(offsets) - 1, offsets[-1], targets_total, seen, truncated, dropped)

@@ -19,8 +19,8 @@ from silotune.components.errors import FederationError
 from silotune.components.federation import Federation, Silo, canonical_json
 from silotune.components.federation_file import is_remote
 from silotune.components.learning.held_out import held_out
-from silotune.components.learning.records import read_records
-from silotune.components.process.progress import Pulse, beating
+from silotune.components.learning.records import data_files, read_records
+from silotune.components.process.progress import Pulse, beating, tell
 from silotune.components.silo_job import one_at_a_time, silo_home
 from silotune.components.steward.admission import admit
 from silotune.components.store.content import file_digest
@@ -28,6 +28,7 @@ from silotune.components.store.object_store import open_store
 
 if TYPE_CHECKING:
     from silotune.components.learning.leakage.canaries import Planted
+    from silotune.components.learning.tokens import Counts
 
 CANARIES = "canaries"  # the split
 
@@ -49,6 +50,7 @@ def work(federation_file: str, silo_id: str) -> str:
 
 def _make_shards(federation: Federation, silo: Silo, home: Path, pulse: Pulse) -> str:
     silo_id = silo.id
+    (home / silo_job.UNREADY).unlink(missing_ok=True)
     (home / "data.json").unlink(missing_ok=True)  # if this fails, no later box may work on what was there before
     with beating("fetching"):
         base = base_model.resolve(federation.model.base, home / "base")
@@ -59,10 +61,10 @@ def _make_shards(federation: Federation, silo: Silo, home: Path, pulse: Pulse) -
             with beating("fetching"):
                 path = _local(source, home / "incoming")
             planted = _canaries(silo, home) if split == "train" else None
-            key = _key(federation, base.tokenizer, path, part, planted)
+            key = _key(federation, silo, base.tokenizer, path, part, planted)
             folder = home / "shards" / split / key[:32]
             if not (folder / "shard.json").exists():
-                _make(federation, silo_id, base.folder, path, part, split, folder, pulse, planted)
+                _tell(federation, silo, split, _make(federation, silo, base.folder, path, part, split, folder, pulse, planted))
         except FederationError as error:
             raise FederationError(f"silo {silo_id!r}: {split}: {error}") from None
         index[split] = _kept(folder, home)
@@ -141,17 +143,16 @@ def _local(location: str, folder: Path) -> Path:
     return target
 
 
-def _key(federation: Federation, tokenizer: str, path: Path, part: str, planted: Planted | None) -> str:
+def _key(federation: Federation, silo: Silo, tokenizer: str, path: Path, part: str, planted: Planted | None) -> str:
     """Names a shard by all that it depends on."""
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     try:
-        contents = {f.name: file_digest(f) for f in files}
+        contents = {str(f.relative_to(path)) if f != path else f.name: file_digest(f) for f in data_files(path)}
     except FileNotFoundError:
         raise FederationError(f"{path}: no such file; correct the path in the federation file") from None
     except OSError as error:
         raise FederationError(f"{path}: cannot be read: {error.strerror}") from None
     terms = [
-        federation.data.model_dump(),
+        federation.data.model_dump() | {"fields": federation.fields_of(silo)},
         federation.name,
         federation.training.seed,
         part,
@@ -164,17 +165,17 @@ def _key(federation: Federation, tokenizer: str, path: Path, part: str, planted:
 
 
 def _make(
-    federation: Federation, silo: str, base: Path, path: Path, part: str, split: str, folder: Path, pulse: Pulse, planted: Planted | None
-) -> None:  # fmt: skip
+    federation: Federation, silo: Silo, base: Path, path: Path, part: str, split: str, folder: Path, pulse: Pulse, planted: Planted | None
+) -> Counts:  # fmt: skip
     from silotune.components.learning.model import load_tokenizer
     from silotune.components.learning.tokens import Tokeniser, write_shard
 
-    data = federation.data
+    data, fields = federation.data, federation.fields_of(silo)
     person = federation.privacy.person_field
-    records: Any = read_records(path, data.format, data.fields, person)
+    records: Any = read_records(path, data.format, fields, person)
     if part != "all":
-        read = (record for _, record in read_records(path, data.format, data.fields, person))
-        aside = held_out(read, data.valid_fraction, federation.name, federation.training.seed, silo, "aside")
+        read = (record for _, record in read_records(path, data.format, fields, person))
+        aside = held_out(read, data.valid_fraction, federation.name, federation.training.seed, silo.id, "aside")
         if aside is None:
             whose = "one record, or copies of one, which" if person is None else "one person's records, which"
             raise FederationError(f"{path.name}: holds {whose} cannot be split; give the silo a valid file or more records")
@@ -182,7 +183,15 @@ def _make(
     if planted:
         records = chain(records, (("canary", canary.record(data.format)) for canary in planted.included))
     tokeniser = Tokeniser(load_tokenizer(base), data.template, data.max_length, data.long_examples)
-    write_shard(folder, _beating(records, pulse, split), tokeniser, path.name)
+    return write_shard(folder, _beating(records, pulse, split), tokeniser, path.name).counts
+
+
+def _tell(federation: Federation, silo: Silo, split: str, counts: Counts) -> None:
+    """What became of a split's records, in the silo's log; where much of them is not learned from, to whoever watches this machine."""
+    told = f"{split}: {counts.told(federation.data.max_length)}; {counts.targets} of {counts.tokens} tokens to learn"
+    print(told, flush=True)
+    if counts.lossy and split == "train":
+        tell("preprocess", "warned", silo.id, detail=f"{told}; data.max_length may be raised")
 
 
 def _beating(records: Iterable[Any], pulse: Pulse, split: str) -> Iterator[Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from silotune.components.terms.privacy import MAX_GRAD_NORM
 from silotune.components.terms.section import Fraction, Positive, Section
+
+FIELDS = {"prompt-response": ("prompt", "response"), "chat": ("messages",), "text": ("text",)}  # of a record, by format
 
 
 class Lora(Section):
@@ -43,7 +46,8 @@ class Data(Section):
         description="Layout of a prompt-response example; ends with `{response}`. `chat` uses the tokenizer's chat template instead.",
     )
     fields: dict[str, str] = Field(
-        default_factory=dict, description="Columns that are named otherwise in the files: `{prompt: question, response: answer}`."
+        default_factory=dict,
+        description="Columns that are named otherwise in the files: `{prompt: question, response: answer}`; see also `silos[].fields`.",
     )
     max_length: Annotated[int, Field(ge=8)] = Field(512, description="Tokens per example at most.")
     long_examples: Literal["truncate", "drop"] = Field(
@@ -58,10 +62,16 @@ class Data(Section):
     def _template_has_places(self) -> Data:
         if self.template != "chat" and (self.template.count("{prompt}") != 1 or not self.template.endswith("{response}")):
             raise ValueError("template must hold {prompt} once and end with {response}, or be 'chat'")
-        known = {"prompt-response": {"prompt", "response"}, "chat": {"messages"}, "text": {"text"}}[self.format]
-        if unknown := sorted(set(self.fields) - known):
-            raise ValueError(f"fields may rename {', '.join(sorted(known))} for format {self.format!r}, not {', '.join(unknown)}")
+        if problem := renames(self.fields, self.format):
+            raise ValueError(problem)
         return self
+
+
+def renames(fields: Iterable[str], kind: str) -> str:
+    """What is wrong with names for columns of a format; "" where nothing is."""
+    known = FIELDS[kind]
+    unknown = sorted(set(fields) - set(known))
+    return f"fields may rename {', '.join(sorted(known))} for format {kind!r}, not {', '.join(unknown)}" if unknown else ""
 
 
 class Training(Section):

@@ -18,7 +18,7 @@ from silotune.components.learning.exchange import held, trained_names
 from silotune.components.learning.local_term import LocalTerm
 from silotune.components.learning.ranks import ALONE, Ranks
 from silotune.components.process.progress import Pulse, beating
-from silotune.components.silo_job import time_left
+from silotune.components.silo_job import UNREADY, time_left
 from silotune.components.terms.strategies import STRATEGIES, Strategy
 from silotune.components.terms.training import Training
 from silotune.components.train.private import PrivateTerms
@@ -169,7 +169,12 @@ def open_split(home: Path, split: str, digest: str = "") -> Shard:
     try:
         shard = open_shard(home / json.loads((home / "data.json").read_text())[split])
     except (FileNotFoundError, KeyError):
-        raise FederationError(f"{home}: holds no {split} split; run preprocess first", "not preprocessed") from None
+        why = home / UNREADY
+        reason = why.read_text() if why.is_file() else "not preprocessed"
+        raise FederationError(
+            f"its {split} records were not made ready at the start of this run ({reason}); see its preprocess.log, correct it, run again",
+            reason,
+        ) from None
     if digest and shard.digest != digest:
         raise SilotuneError(f"{home}: its {split} split has changed since this training began; run again")
     return shard

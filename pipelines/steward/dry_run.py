@@ -124,8 +124,8 @@ def _file(federation: Federation, silo_id: str, folder: Path) -> Path:
 
 def _mock_records(federation: Federation, silo_id: str) -> list[dict[str, Any]]:
     """Made-up records of the format, with the columns that the file names; enough for a batch to be a part of them."""
-    names, person = federation.data.fields, federation.privacy.person_field if federation.privacy.unit == "person" else None
     silo = federation.silo(silo_id)
+    names, person = federation.fields_of(silo), federation.privacy.person_field if federation.privacy.unit == "person" else None
     count = max(16, 4 * (silo.training.batch_size or federation.training.batch_size))
     made: list[dict[str, Any]] = []
     for number in range(count):

@@ -194,7 +194,7 @@ def tables(found: Account) -> list[RenderableType]:
         for count, after in found.next.items():
             ahead.add_row(str(count), *(text(getattr(after, name)) for name, _ in NAMES), ", ".join(found.refused.get(count, [])))
         made.append(ahead)
-    if found.course:
+    if any(point.epsilon < math.inf for point in found.course):  # else there is nothing to see
         made.append(_bars(found))
     return made
 

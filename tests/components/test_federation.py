@@ -193,8 +193,8 @@ def test_merge_keys_of_yaml_work(load: Load) -> None:
         ("silos", [], "silos: "),
         ("silos", {"id": "a"}, "silos: must be a valid list"),
         ("silos.0", "niddk", "silos[0]: must hold keys and values, got 'niddk'"),
-        ("silos.1.train", 7, "silos[1].train: must be a valid string, got 7"),
-        ("silos.1.storage", ["x"], "silos[1].storage: must be a valid string, got ['x']"),
+        ("silos.1.train", 7, "silos[1].train: must be text, got 7; put it in quotes"),
+        ("silos.1.storage", ["x"], "silos[1].storage: must be text, got ['x']"),
         ("silos.1.train", "", "silos[1].train: must not be empty"),
         ("silos.2.id", "NCI", "silos[2].id: must be lower-case letters, digits and inner dashes, at most 40, got 'NCI'"),
         ("silos.2.id", "-nci", "silos[2].id: must be lower-case"),
@@ -223,7 +223,7 @@ def test_merge_keys_of_yaml_work(load: Load) -> None:
         ("rounds.deadline", "1h30m", "rounds.deadline: must be a number above 0 and s, m or h"),
         ("rounds.deadline", "30m\n", "rounds.deadline: must be a number above 0 and s, m or h"),
         ("rounds.deadline", "٣m", "rounds.deadline: must be a number above 0 and s, m or h"),
-        ("rounds.deadline", 30, "rounds.deadline: must be a valid string, got 30"),
+        ("rounds.deadline", 30, "rounds.deadline: must be text, got 30; put it in quotes"),
         ("rounds.stall", "soon", "rounds.stall: must be a number above 0 and s, m or h, such as 30m, got 'soon'"),
         ("rounds.min_fraction", 0, "rounds.min_fraction: must be greater than 0, got 0"),
         ("rounds.min_fraction", 1.1, "rounds.min_fraction: must be less than or equal to 1, got 1.1"),
@@ -239,13 +239,14 @@ def test_merge_keys_of_yaml_work(load: Load) -> None:
         ("security.signing", "no", "security.signing: must be a valid boolean, got 'no'"),
         ("security.kyes", {}, "security.kyes: unknown key; did you mean 'keys'?"),
         ("security.keys", [KEY], f"security.keys: must be a valid dictionary, got ['{KEY}']"),
-        ("security.keys", KEYS | {3: KEY}, "security.keys[3]: must be a valid string, got 3"),
+        ("security.keys", KEYS | {3: KEY}, "security.keys[3]: must be text, got 3; put it in quotes"),
         ("data.template", "{response}", "data: template must hold {prompt} once and end with {response}, or be 'chat'"),
         ("data.template", "{prompt}{response}.", "data: template must hold"),
         ("data.fields", {"text": "x"}, "data: fields may rename prompt, response for format 'prompt-response', not text"),
+        ("silos.1.fields", {"text": "x"}, "silos[1]: fields may rename prompt, response for format 'prompt-response', not text"),
         ("data.valid_fraction", 1.0, "data.valid_fraction: must be less than 1, got 1.0"),
         ("model.lora.target_modules", "q_proj", "model.lora.target_modules: must be 'all-linear', got 'q_proj'"),
-        ("model.lora.target_modules", [1], "model.lora.target_modules[0]: must be a valid string, got 1"),
+        ("model.lora.target_modules", [1], "model.lora.target_modules[0]: must be text, got 1; put it in quotes"),
     ],
 )
 def test_refused_with_path_rule_and_value(refused: Callable[..., list[str]], path: str, value: Any, said: str) -> None:
@@ -303,8 +304,8 @@ def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
             "federation.yaml:1:38: not valid YAML: lists and mappings must not lie in one another more than 32 deep",
         ),
         ("name: !!python/object/apply:os.getcwd []\n", "federation.yaml:1:7: not valid YAML"),
-        ("", "federation.yaml: must hold keys such as name, model and silos, got NoneType"),
-        ("- a\n", "federation.yaml: must hold keys such as name, model and silos, got list"),
+        ("", "federation.yaml: must hold keys such as name, model and silos, got nothing"),
+        ("- a\n", "federation.yaml: must hold keys such as name, model and silos, got a list"),
     ],
 )
 def test_yaml_errors_name_the_line(refused: Callable[..., list[str]], text: str, where: str) -> None:
@@ -423,6 +424,9 @@ def test_unset_variable_is_named(refused: Callable[..., list[str]], monkeypatch:
     monkeypatch.delenv("ST_UNSET", raising=False)
     lines = refused(changed("silos.1.train", "${ST_UNSET}/x"))
     assert lines[1].startswith("  silos[1].train: the environment variable ST_UNSET is not set")
+    raw = changed("silos.1.train", "${ST_UNSET}/x")
+    raw["silos"][0]["train"] = raw["silos"][0]["valid"] = "${ST_UNSET}/y"
+    assert refused(raw)[1:] == ["  silos[0].train and 2 more: the environment variable ST_UNSET is not set; export ST_UNSET=…"]
 
 
 @pytest.mark.parametrize("path", ["tracking.uri", "storage.root", "model.base", "silos.0.train"])

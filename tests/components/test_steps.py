@@ -256,6 +256,25 @@ def test_without_a_valid_file_a_part_of_train_is_set_aside(make_federation: Any)
     assert not texts["train"] & texts["valid"]
 
 
+def test_a_silo_names_its_columns_its_own_way(make_federation: Any) -> None:
+    file = make_federation(rounds={"total": 1}, data={"max_length": 64, "fields": {"prompt": "frage"}})
+    plain = make_federation(file.parent / "plain", rounds={"total": 1})
+    for path in file.parent.glob("data/*/*.jsonl"):
+        named = "question" if path.parent.name == "south" else "frage"
+        path.write_text(
+            path.read_text().replace('"prompt"', f'"{named}"').replace('"response"', '"answer"' if named == "question" else '"response"')
+        )
+    silos = yaml.safe_load(file.read_text())["silos"]
+    edit(file, silos=[s | ({"fields": {"prompt": "question", "response": "answer"}} if s["id"] == "south" else {}) for s in silos])
+    for where in (file, plain):
+        list(Simulation(where).run())
+    ours, theirs = (rounds_of(where).commit(1) for where in (file, plain))
+    assert ours.outgoing == theirs.outgoing
+    pooled = Simulation(file).centralised(rounds=1, steps=1)
+    list(pooled.run())
+    assert pooled.rounds.commit(1).outcome == "aggregated"
+
+
 def test_records_that_change_between_runs_leave_the_best_round_to_be_found(make_federation: Any) -> None:
     """All valid and test records become others after round 2, of which training scores no global before it on the new ones."""
     file = make_federation()

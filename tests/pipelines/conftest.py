@@ -34,7 +34,7 @@ def federation(tmp_path: Path) -> Federation:
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / "base" / name).write_text("{}")
     for silo in SILOS:
-        (tmp_path / f"{silo}.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 3)
+        (tmp_path / f"{silo}.jsonl").write_text("".join(f'{{"prompt": "a{i}", "response": "b"}}\n' for i in range(3)))
     (tmp_path / "f.yaml").write_text(FILE)
     return Federation.load(tmp_path / "f.yaml", check_files=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +136,28 @@ def test_check_refuses_a_base_without_tokenizer(silotune, federation):
     assert (code, "holds no tokenizer" in err) == (2, True)
 
 
+def test_help_lists_every_command_with_its_whole_first_sentence(silotune):
+    _, out, _ = silotune("--help")
+    told = " ".join(out.split())
+    assert "..." not in out.split("ARGS]...")[1]
+    assert "Others:" not in out, "a command has no section"
+    assert "check Check a federation file, and say what an edit of it would mean run Run" in told
+
+
+def test_a_folder_is_told_which_file_to_name(silotune, federation):
+    (federation.file.parent / "federation.yaml").write_text("")
+    code, _, err = silotune("status", federation.file.parent)
+    assert code == 2
+    assert "is a folder; name the federation file in it," in err
+    assert "/federation.yaml" in err
+
+
+def test_ui_of_what_is_not_tracked(silotune, make_federation):
+    code, _, err = silotune("ui", make_federation())  # tracking.uri: none
+    assert code == 2
+    assert "is none, so that nothing is tracked" in err
+
+
 def test_check_data_counts_records(silotune, federation):
     code, out, _ = silotune("check", federation.file, "--data")
     assert (code, "north train: 3 records" in out) == (0, True)
@@ -156,6 +179,16 @@ def test_check_data_names_file_and_line_of_every_silo(silotune, federation, cont
     assert err.count(told) == 2
     assert "west train: west.jsonl" in err
     assert "south train: 3 records" in out
+
+
+def test_check_tokens_tells_what_would_be_lost(silotune, make_federation):
+    file = make_federation(data={"max_length": 48})
+    (file.parent / "data" / "north" / "train.jsonl").write_text('{"prompt": "' + "why? " * 40 + '", "response": "so"}\n')
+    code, out, err = silotune("check", file, "--tokens")
+    assert code == 2
+    assert "no example fits data.max_length=48" in err
+    assert "prompts alone are longer" in err
+    assert re.search(r"south train: 17 records, \d+ cut at 48 tokens", out)
 
 
 def edit(federation, old, new):

@@ -108,6 +108,25 @@ def test_troubles_are_kept_once_with_their_detail():
     assert course.troubles == {"south": ["train failed: use a smaller batch"], "": ["not in MLflow yet"]}
 
 
+def test_what_follows_from_records_that_are_not_ready_is_no_news():
+    course = Course(SILOS, 1)
+    tape = Tape(course)
+    said = "silo 'south': train: r.csv: holds no record"
+    assert tape.box("preprocess", "south", status="south failed: data or settings are wrong", detail=said).startswith("warning: ")
+    assert (
+        tape.box("train", "south", status="south refused: not ready", detail="was not ready when this attempt began")
+        == "train south  not ready"
+    )
+    assert course.take(event("evaluate", "warned", "south", detail="has not been evaluated: failed")) == ""
+    assert course.troubles == {"south": [f"preprocess failed: {said}"]}
+
+
+def test_a_silo_is_named_also_where_its_id_is_part_of_a_word():
+    course = Course(["d", "north-2"], 1)
+    assert course.take(event("aggregate", "warned", "d", detail="round 1: left out")) == "warning: d: round 1: left out"
+    assert course.take(event("aggregate", "warned", "d", detail="silo 'd' is left out")) == "warning: silo 'd' is left out"
+
+
 def event(box, what, silo="", **more):
     return {"at": 5.0, "box": box, "what": what, "silo": silo, **more}
 

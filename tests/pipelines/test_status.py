@@ -211,3 +211,14 @@ def test_tables_show_rounds_silos_and_partial_scores(federation, rounds, two_rou
 )
 def test_duration(seconds, text):
     assert stand.duration(seconds) == text
+
+
+def test_a_narrow_terminal_loses_columns_and_never_digits(federation, rounds, two_rounds):
+    found = stand.status(federation, rounds)
+    for width in (120, 80, 60, 50):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(stand.status_table(found, 3, width))
+        text = console.export_text()
+        assert "…" not in text
+        assert f"{found.rounds[-1].loss:.4f}" in text
+        assert (" up " in text) == (width >= 80)

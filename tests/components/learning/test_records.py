@@ -70,6 +70,13 @@ def test_folder_is_read_in_name_order_and_other_files_are_left_alone(tmp_path: P
     assert [r["text"] for r in read(tmp_path, "text")] == ["first\nstill first", "second", "third"]
 
 
+def test_inner_folders_are_read_and_hidden_files_are_not(tmp_path: Path) -> None:
+    for name, text in (("2024/05/b.TXT", "second"), ("2023/a.txt", "first"), (".trash/c.txt", "thrown away"), ("2023/._a.txt", "\xff")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+    assert [r["text"] for r in read(tmp_path, "text")] == ["first", "second"]
+
+
 def test_renamed_columns_and_only_the_fields_of_the_format(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "r.jsonl", [{"question": "q", "prompt": "not this", "answer": "a", "name": "Mary"}])
     assert read(path, prompt="question", response="answer") == [{"prompt": "q", "response": "a"}]
@@ -101,14 +108,14 @@ def test_real_files_read_whole(shared: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (f'["{CANARY}"]', "line 2: must be a JSON object, got list"),
-        (f'"{CANARY}"', "line 2: must be a JSON object, got str"),
+        (f'["{CANARY}"]', "line 2: must be a JSON object, got a list"),
+        (f'"{CANARY}"', "line 2: must be a JSON object, got text"),
         (f'{{"text": "{CANARY}"', "line 2: not valid JSON"),
         (f"{CANARY}", "line 2: not valid JSON"),
         (f'{{"txt": "{CANARY}"}}', "line 2: has no field 'text'"),
-        (f'{{"text": ["{CANARY}"]}}', "line 2: field 'text' must be text, got list"),
-        (f'{{"text": null, "x": "{CANARY}"}}', "line 2: field 'text' must be text, got NoneType"),
-        (f'{{"text": 7, "x": "{CANARY}"}}', "line 2: field 'text' must be text, got int"),
+        (f'{{"text": ["{CANARY}"]}}', "line 2: field 'text' must be text, got a list"),
+        (f'{{"text": null, "x": "{CANARY}"}}', "line 2: field 'text' must be text, got nothing"),
+        (f'{{"text": 7, "x": "{CANARY}"}}', "line 2: field 'text' must be text, got a number"),
         (f'{{"text": "{CANARY} \\ud800"}}', "line 2: field 'text' holds half a character"),
         ("[" * 200_000 + CANARY, "line 2: not valid JSON"),
         (f'{{"text": {"9" * 5000}, "x": "{CANARY}"}}', "line 2: not valid JSON"),
@@ -158,7 +165,7 @@ def test_invalid_utf8(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (f"prompt,response\nx,y\n{CANARY}\n", "r.csv, line 3: field 'response' must be text, got NoneType"),
+        (f"prompt,response\nx,y\n{CANARY}\n", "r.csv, line 3: field 'response' must be text, got nothing"),
         (f'prompt,response\nx,y\n"{CANARY}"z,w\n', "r.csv, line 3: not valid CSV"),
         (f"prompt;response\n{CANARY};w\n", "r.csv, line 2: has no field 'prompt'"),
     ],
@@ -168,11 +175,19 @@ def test_bad_csv(tmp_path: Path, content: str, said: str) -> None:
     assert said in error_of(tmp_path / "r.csv")
 
 
+def test_a_missing_column_is_told_with_usual_names_only(tmp_path: Path) -> None:
+    """The first line of a csv without a header counts as names, and it is a record."""
+    (tmp_path / "r.csv").write_text(f"Question,{CANARY},answer\nx,y,z\n")
+    told = error_of(tmp_path / "r.csv")
+    assert "has no field 'prompt', which format 'prompt-response' needs (there is 'Question', 'answer'); add it" in told
+    assert CANARY not in told
+
+
 def test_bad_parquet(tmp_path: Path) -> None:
     (tmp_path / "r.parquet").write_bytes(f"PAR1{CANARY}".encode())
     assert error_of(tmp_path / "r.parquet").startswith("r.parquet: not a valid parquet file")
     pq.write_table(pa.table({"prompt": ["a"], "response": [7]}), tmp_path / "n.parquet")
-    assert error_of(tmp_path / "n.parquet").startswith("n.parquet, row 1: field 'response' must be text, got int")
+    assert error_of(tmp_path / "n.parquet").startswith("n.parquet, row 1: field 'response' must be text, got a number")
 
 
 def test_unusable_paths(tmp_path: Path) -> None:
@@ -180,6 +195,8 @@ def test_unusable_paths(tmp_path: Path) -> None:
     assert "holds no .csv, .jsonl, .parquet, .txt file" in error_of(tmp_path)
     (tmp_path / "r.doc").write_text("x")
     assert "must be one of .csv, .jsonl, .parquet, .txt, got '.doc'" in error_of(tmp_path / "r.doc")
+    (tmp_path / "r.JSON").write_text("{}")
+    assert error_of(tmp_path / "r.JSON").endswith("got '.JSON'; write one JSON object a line, as .jsonl")
 
 
 # Layout

@@ -15,7 +15,7 @@ from silotune.components.errors import FederationError
 from silotune.components.learning import tokens
 from silotune.components.learning.model import load_tokenizer
 from silotune.components.learning.records import read_records
-from silotune.components.learning.tokens import Shard, Tokeniser, open_shard, write_shard
+from silotune.components.learning.tokens import Shard, Tokeniser, count_examples, open_shard, write_shard
 
 TEMPLATE = "Q: {prompt}\nA:\n{response}"
 Write = Callable[..., Shard]
@@ -157,6 +157,26 @@ def test_nothing_to_learn_from(write: Write, tiny_chat: Path, tmp_path: Path) ->
     with pytest.raises(FederationError, match="none of its 1 records has anything to learn"):
         write([{"messages": [{"role": "user", "content": "hi"}]}], tokenizer=load_tokenizer(tiny_chat))
     assert list(tmp_path.iterdir()) == []  # nothing half-made is left
+
+
+def test_a_prompt_that_is_too_long_by_itself_is_not_to_be_cured_by_cutting(write: Write) -> None:
+    long = [pair("the blood " * 20, "x")]
+    with pytest.raises(FederationError, match="raise it: prompts alone are longer"):
+        write(long, max_length=8)
+    with pytest.raises(FederationError, match="raise it, or set long_examples: truncate"):
+        write(long, max_length=8, long="drop")
+
+
+@pytest.mark.parametrize("long", ["truncate", "drop"])
+def test_counting_tells_what_writing_does(write: Write, tokenizer: Any, long: str) -> None:
+    records = [pair("the heart", "moves " * n) for n in (1, 5, 40)] + [pair("the blood " * 20, "x"), {"text": "milligrams " * 30}]
+    shard = write(records, max_length=32, long=long)
+    counts = count_examples((("", r) for r in records), Tokeniser(tokenizer, TEMPLATE, 32, long))
+    assert counts == shard.counts
+    assert counts.lossy
+    cut = {"truncate": "2 cut at 32 tokens, 1 left out", "drop": "3 left out"}[long]
+    assert f"5 records in {counts.examples} examples, {cut}, with nothing to learn within 32 tokens" in counts.told(32)
+    assert not write([pair("a", "b")] * 20).counts.lossy
 
 
 def test_refused_record_is_named_by_place_not_content(write: Write) -> None:
