@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from typer.core import TyperGroup
-
-if TYPE_CHECKING:
-    import click
 
 SECTIONS = {
     "Run a federation": ("new", "check", "run", "status", "ui", "sync", "strategies", "schema"),
@@ -18,9 +15,9 @@ SECTIONS = {
 
 
 class Listing(TyperGroup):
-    """Commands in sections."""
+    """Commands in sections. Typer has a click of its own, whose types are not to be named."""
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         told = {name for names in SECTIONS.values() for name in names}
         rest = tuple(name for name in self.list_commands(ctx) if name not in told)
         width = max(map(len, self.commands))
@@ -31,6 +28,6 @@ class Listing(TyperGroup):
                     formatter.write_dl([(name.ljust(width), _first(command)) for name, command in found])
 
 
-def _first(command: click.Command) -> str:
+def _first(command: Any) -> str:
     """The first sentence of a command's help, whole: click would cut it at the width of a line."""
     return " ".join((command.help or "").split("\n\n")[0].split()).rstrip(".")
