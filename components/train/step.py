@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from silotune.components.learning.evaluation import Score
     from silotune.components.learning.tokens import Shard
 
+MADE = "update.of"  # in the silo's folder: which training has made its update
 RESERVE = 0.1  # of the deadline, kept for sending
 OLD = 10.0  # seconds after which a report of this attempt is taken for its end on a machine that has found none to join
 
@@ -174,6 +175,19 @@ def _to_send_again(rounds: Rounds, plan: Plan, silo_id: str, home: Path, policy:
     return None
 
 
+def _made_before(plan: Plan, home: Path, identity: str) -> Header | None:
+    """Of the update that this very training has made, which was sent and refused: a private one is sent again, and not made again.
+
+    On another kind of processor, or more of them, its sums would differ by rounding and its noise would not: the difference of the two would be
+    bare of noise.
+    """
+    with suppress(MalformedFile, FileNotFoundError):
+        header = read_header(home / UPDATE)
+        if header.plan == plan.digest and (home / MADE).read_text() == identity:
+            return header
+    return None
+
+
 def _train(
     federation: Federation, rounds: Rounds, plan: Plan, silo_id: str, home: Path, pulse: Pulse, layout: Layout, table: Table | None
 ) -> Header | str:
@@ -197,6 +211,9 @@ def _train(
             shard.digest,
             *((private.mechanism, private.noise(home)) if private else (None, "")),
         )
+        identity = hashlib.sha256(canonical_json([plan.digest, silo_id, shard.digest])).hexdigest()
+        if private and rounds.refusal(plan.round, silo_id) and (header := _made_before(plan, home, identity)):
+            return header
         pad = models.pad_id(models.load_tokenizer(base.folder))
         rounds.fetch_object(plan.incoming, home / INCOMING)
     terms = agreement.training_of(silo_id)
@@ -224,7 +241,7 @@ def _train(
         dropout_seed=seed_of(agreement.federation, terms.seed, plan.round, silo_id, "dropout"),
         score=None if scored or silent else (evaluation.max_examples, evaluation.batch_size, seed),
         # What a killed training resumes from holds only where nothing has changed that it depends on.
-        identity=hashlib.sha256(canonical_json([plan.digest, silo_id, splits["train"]])).hexdigest(),
+        identity=identity,
         reserve=RESERVE * (federation.deadline_seconds or 0.0), private=private,
     )  # fmt: skip
     if table is None:
@@ -242,7 +259,9 @@ def _train(
         loss=trained.loss if tells(policy, "loss") else None, norm=0.0, codec=Codec(name=agreement.communication.codec), tensors={},
     )  # fmt: skip
     sign = (lambda message: rounds.sign(silo_id, plan.round, message)) if agreement.custody != "none" else None
-    return write_update(home / UPDATE, header, delta, sign)
+    written = write_update(home / UPDATE, header, delta, sign)
+    (home / MADE).write_text(identity)
+    return written
 
 
 def _write_control(rounds: Rounds, plan: Plan, agreement: Agreement, silo_id: str, home: Path) -> None:

@@ -103,7 +103,7 @@ def measure(federation: Federation, silos: list[str], *, most: int = 500, canari
 
 
 def _training(federation: Federation, silos: list[str], canaries: int, confidence: float) -> LowerBound:
-    """Of all planned rounds as one training, with the noise of the silo that has the fewest units and so the least."""
+    """Of all planned rounds as one training, with the noise of the silo that has the fewest units: it draws each the most often, and shows the most."""
     from silotune.components.learning.leakage.gradient_canaries import audit_training
     from silotune.components.learning.privacy.accounting import round_mechanism
     from silotune.components.learning.privacy.private_gradient import Private

@@ -135,6 +135,27 @@ def test_a_round_trained_twice_sends_the_same_bytes(make_federation: Any) -> Non
     assert rounds.update(1, "east").object != sent[0]
 
 
+def test_a_refused_update_is_sent_again_and_not_made_again(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere its sums might be rounded otherwise, under the same noise. Where the records have changed, the noise has, too."""
+    file = make_federation(privacy=PRIVATE)
+    turn = begin(file)
+    rounds, federation = Rounds.of(Federation.load(file)), Federation.load(file)
+    calls, learn = [], train.learn
+    monkeypatch.setattr(train, "learn", lambda *a: (calls.append(1), learn(*a))[1])
+    sent = []
+    for number in (1, 2, 3):
+        if number == 3:
+            path = Path(federation.silo("east").train)
+            path.write_text(path.read_text() + json.dumps({"prompt": "one more", "response": "record"}) + "\n")
+            preprocess.work(str(file), "east")
+        train.work(str(file), "east", turn)
+        sent.append(rounds.update(1, "east").object)
+        assert len(calls) == (1, 1, 2)[number - 1]
+        rounds.refuse_update(1, "east", "its norm is out of the band", resend=False, manifest=rounds.update(1, "east").digest)
+        assert rounds.update(1, "east") is None
+    assert sent[0] == sent[1] != sent[2]
+
+
 # What is public
 
 

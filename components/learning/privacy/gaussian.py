@@ -6,7 +6,8 @@ A release adds N(0, z²S²) to every number of a sum that one party's part moves
     δ ≥ Φ(μ/2 - ε/μ) - exp(ε)·Φ(-μ/2 - ε/μ)        with μ = 1/z
 
 (Balle & Wang 2018, arXiv:1805.06530, Theorem 8). Releases one after the other, each chosen by what came before, are together no worse than a
-single one with μ² = Σ μᵢ² (Dong, Roth & Su 2019, arXiv:1905.02383, Corollary 3.3), and T equal ones are exactly that one. So nothing
+single one with μ² = Σ μᵢ² (Dong, Roth & Su 2019, arXiv:1905.02383, Corollary 3.3; also where μᵢ itself is chosen so, as long as the sum is held to
+a bound: Smith & Thakurta 2022, arXiv:2210.17520), and T equal ones are exactly that one. So nothing
 has to be bounded numerically, and no accountant is needed: `math.erfc` will do. Nothing here knows of sampling.
 """
 
