@@ -41,6 +41,41 @@ def anchors(file: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
+def told_in_the_tree() -> set[str]:
+    """Paths that README's tree names."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"## The tree\n\n```\n(.*?)```", text, re.DOTALL)
+    assert tree
+    told: set[str] = set()
+    above: list[str] = []
+    for line in tree[1].splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = re.match(r"\s*((?:[\w.*-]+(?:/[\w.]*)?(?:  | |$))+?)(?: |$)", line)
+        above = above[:depth]
+        for name in (names[1] if names else "").split():
+            told.add("/".join([*above, name.rstrip("/")]))
+        if line.split()[0].endswith("/"):
+            above.append(line.split()[0].rstrip("/"))
+    return told
+
+
+def test_the_tree_is_the_real_one() -> None:
+    told = told_in_the_tree()
+    boxes = {
+        f"components/{box}" for box in ("preprocess", "initialize", "train", "share", "mask", "unmask", "muster", "combine", "aggregate")
+    }
+    assert boxes <= told
+    gone = [path for path in told if "*" not in path and not (ROOT / path).exists()]
+    assert not gone, "README tells of what is not there"
+    whole = {path for path in told if (ROOT / path).is_dir() and not any(other.startswith(f"{path}/") for other in told)}
+    real = [p.relative_to(ROOT) for top in ("components", "pipelines", "benchmarks", "examples", "docs") for p in (ROOT / top).rglob("*.*")]
+    kept = [
+        p for p in real if p.suffix in (".py", ".md", ".yaml") and p.name != "__init__.py" and not any(x.startswith(".") for x in p.parts)
+    ]
+    untold = [str(p) for p in kept if str(p) not in told and not any(str(q) in whole for q in p.parents)]
+    assert not untold, "README does not tell of what is there"
+
+
 def test_the_page_about_the_file_is_what_the_models_say(reference: ModuleType) -> None:
     assert (ROOT / "docs" / "federation.md").read_text(encoding="utf-8") == reference.text(), "run `make docs`"
     assert (ROOT / "docs" / "policy.md").read_text(encoding="utf-8") == reference.policy_text(), "run `make docs`"

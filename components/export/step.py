@@ -14,12 +14,13 @@ from typing import Any
 from silotune.components import base_model, best_global, tracking
 from silotune.components.aggregate.lost_global import fetch_global
 from silotune.components.errors import FederationError, RefusedError
+from silotune.components.export import model_card
 from silotune.components.federation import Agreement, Federation, canonical_json
 from silotune.components.learning.aggregation.factors import DELTA
 from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.process import child
 from silotune.components.process.progress import tell
-from silotune.components.protocol import Commit, Exported, Turn, perplexity, pooled
+from silotune.components.protocol import Commit, Exported, Turn
 from silotune.components.provenance import audit
 from silotune.components.rounds import Rounds
 from silotune.components.silo_job import parse_status
@@ -89,7 +90,7 @@ def _export(federation: Federation, rounds: Rounds, commit: Commit) -> Exported:
         out = folder / "model"
         out.mkdir()
         save_model(federation, agreement, base, incoming, out)
-        (out / "README.md").write_text(card(federation, rounds, commit, base), encoding="utf-8")
+        (out / "README.md").write_text(model_card.write(federation, rounds, commit, base), encoding="utf-8")
         files = {str(p.relative_to(out)): p for p in sorted(out.rglob("*")) if p.is_file()}
         digests = {relative: file_digest(path) for relative, path in files.items()}
         # Named by its content, as all that is stored: an export that was cut short and then came out otherwise never mixes with this one.
@@ -129,46 +130,6 @@ def trained_model(agreement: Agreement, base: base_model.Base, state_file: Path)
     from silotune.components.learning import model as models
 
     return models.load_with_state(base.folder, agreement.model, open_tensor_file(state_file).read_all()).eval()
-
-
-def card(federation: Federation, rounds: Rounds, commit: Commit, base: base_model.Base) -> str:
-    """The model card: what it is, where it comes from, how it does."""
-    agreement = rounds.agreement(commit.agreement)
-    silos = sorted({silo for c in rounds.commits() if c.round <= commit.round for silo in c.contributions})
-    rows = []
-    for split in ("valid", "test"):
-        both = best_global.same_records(*(rounds.evaluations(g, split) for g in (rounds.commit(0).outgoing, commit.outgoing)))
-        for label, outgoing in (("base", rounds.commit(0).outgoing), ("federated", commit.outgoing)):
-            found = {s: e for s, e in rounds.evaluations(outgoing, split).items() if s in both}
-            if found:
-                rows.append(f"| {label} | {split} | all | {pooled(found)['loss']:.4f} | {pooled(found)['perplexity']:.2f} |")
-                losses = ((s, e.loss) for s, e in sorted(found.items()))
-                rows += [f"| {label} | {split} | {silo} | {loss:.4f} | {perplexity(loss):.2f} |" for silo, loss in losses]
-    front = ["---", "library_name: " + ("peft" if agreement.model["method"] == "lora" and not federation.export.merge else "transformers")]
-    front += ["tags: [federated-learning, silotune]", "---"]
-    body = [
-        f"# {federation.name}",
-        "",
-        f"A causal language model fine-tuned by {len(silos)} silos that did not share their records, with silotune.",
-        "",
-        "| lineage | |",
-        "|---|---|",
-        f"| round | {commit.round} |",
-        f"| commit | `{commit.digest}` |",
-        f"| global | `{commit.outgoing}` |",
-        f"| agreement | `{commit.agreement}` |",
-        f"| base model | `{agreement.base}` |",
-        f"| tokenizer | `{base.tokenizer}` |",
-        f"| silos | {', '.join(silos)} |",
-        f"| method | {agreement.model['method']}, {agreement.aggregation.strategy} weighted by {agreement.aggregation.weights} |",
-        "",
-        "| model | split | silo | loss (nats per token) | perplexity |",
-        "|---|---|---|--:|--:|",
-        *rows,
-        "",
-        f"Responses are learned from prompts laid out as `{federation.data.template!r}`." if agreement.data["format"] != "text" else "",
-    ]
-    return "\n".join([*front, *body]).rstrip() + "\n"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -329,6 +331,12 @@ def test_the_export_loads_as_a_peft_folder_and_is_the_global(make_federation: An
     assert best.digest in card
     assert best.outgoing in card
     assert "east, north, south" in card
+    assert "| privacy | none for single records, updates seen by the coordinator |" in card
+    asked = card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(where)))
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        exec(asked, {})  # what a card says must work as it stands there
+    assert "Question: ..." in told.getvalue()
 
 
 @pytest.mark.parametrize("changes", [{"model": {"method": "full"}}, {"export": {"merge": True}}], ids=["full", "merged"])
