@@ -122,7 +122,7 @@ def draw(seed: int) -> Scenario:
     rounds = rng.choice((2, 2, 3))
     quorum = 2 if rng.random() < 0.2 and not secure else 3
     store = "s3" if rng.random() < 0.12 or given else "folder"
-    troubles = set(rng.sample(SECURE_TROUBLES if secure else TROUBLES, rng.choice((1, 2, 2, 3))))
+    troubles = set(rng.sample(SECURE_TROUBLES, rng.choice((2, 3, 3, 4))) if secure else rng.sample(TROUBLES, rng.choice((1, 2, 2, 3))))
     lives = rng.randint(1, 3)
     harmed = rng.randrange(lives) if "damage" in troubles else -1
     twinned = rng.randrange(lives) if "twin" in troubles else -1
