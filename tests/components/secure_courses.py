@@ -64,7 +64,7 @@ class SecureCourse(Deliveries):
         """What the train box leaves: an update in the silo's folder, and keys in the store."""
         part = self.part(silo)
         if part.kept() is None:
-            plan = part.plan
+            plan = part.view.plan
             cursor = plan.participants[silo].cursor + STEPS * BATCH
             header = Header(
                 federation="fed", agreement=plan.agreement, round=plan.round, silo=silo, plan=plan.digest, base=plan.base, loss=1.0, norm=0.0,

@@ -18,9 +18,9 @@ from silotune.components.learning.privacy.masking import Mask, masked, pair_mask
 from silotune.components.protocol import Record
 from silotune.components.secure_sum import terms as secure_terms
 from silotune.components.secure_sum.records import Confirmation, MaskedVector, MaskKeys, Opening, Roster, SealedShares, Survivors
-from silotune.components.secure_sum.silo import SiloPart
+from silotune.components.secure_sum.view import View
 
-UNCHECKED = {"_check": lambda *_: None, "_agreed": lambda *_: None}
+UNCHECKED = {"require_sound": lambda *_: None, "require_confirmed": lambda *_: None}
 
 
 class Spy(SecureCourse):
@@ -82,7 +82,7 @@ class Spy(SecureCourse):
         roster, first = self.secure.roster("mask"), self.secure.roster("share")
         assert roster is not None
         assert first is not None
-        held = {own: (part := self.part(own))._shares(first, roster, part._peers(first)) for own in self.league}
+        held = {own: (view := self.part(own).view).shares(first, roster, view.peers(first)) for own in self.league}
 
         def joined(kind: int, silo: str) -> bytes:
             shares = {places[own]: shares[silo][kind] for own, shares in held.items()}
@@ -93,7 +93,7 @@ class Spy(SecureCourse):
             return shamir.join(dict(list(shares.items())[:needed]))
 
         public = {s: bytes.fromhex(self.secure.named(MaskKeys, s, d).masking) for s, d in first.members.items()}  # type: ignore[attr-defined]
-        private = {own: bytes.fromhex(self.part(own).secrets.known(1, 1).masking) for own in self.league}
+        private = {own: bytes.fromhex(self.part(own).view.secrets.known(1, 1).masking) for own in self.league}
         total = np.zeros(0)
         for silo in of:
             record = self.secure.read(MaskedVector, silo)
@@ -149,7 +149,7 @@ def test_one_update_would_come_out_of_two_rosters(tmp_path: Path, monkeypatch: p
     """No honest silo answers twice, and all that answer are shown the same survivors: it is what these have masked against that differs."""
     spy = two_rosters(tmp_path)
     for name, nothing in UNCHECKED.items():
-        monkeypatch.setattr(SiloPart, name, nothing)
+        monkeypatch.setattr(View, name, nothing)
     assert [spy.ask("unmask", s) for s in ("bo", "cy")] == ["bo ok", "cy ok"]
     assert (spy.learns({"ada"}) == spy.whole({"ada"})).all()
 
@@ -166,7 +166,7 @@ def test_a_sum_of_fewer_would_come_out_of_different_survivors(tmp_path: Path, mo
     """At least t - c = 3 honest updates are promised to be in a sum, and it would be one of two."""
     spy = seven(tmp_path)
     for name, nothing in UNCHECKED.items():
-        monkeypatch.setattr(SiloPart, name, nothing)
+        monkeypatch.setattr(View, name, nothing)
     assert two_sums(spy, "unmask") == [f"{s} ok" for s in ("ada", "bo", "cy", "di", "ed")]
     assert (spy.learns({"ada", "bo"}) == spy.whole({"ada", "bo"})).all()
 

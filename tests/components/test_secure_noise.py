@@ -109,7 +109,7 @@ def test_another_attempt_has_the_same_noise(tmp_path: Path) -> None:
     plan = course.rounds.plan(1)
     assert plan is not None
     scale = secure_terms.fixed_point(course.agreement, {n: list(s) for n, s in SHAPES.items()}).noise
-    drawn = [Noise(course.part(s).secrets.noise(1, plan.digest), scale).take(30_000).reshape(300, 100) for s in SILOS]
+    drawn = [Noise(course.part(s).view.secrets.noise(1, plan.digest), scale).take(30_000).reshape(300, 100) for s in SILOS]
     course.open()
     found = noise_of(course, course.try_round(), updates)
     np.testing.assert_allclose(found, sum(drawn), atol=4)  # quanta: a global is held in float32
