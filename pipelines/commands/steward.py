@@ -74,7 +74,7 @@ def review(file: File, policy: PolicyFile = None, silo: Silo = None) -> None:
     asked, based = _asked(federation, silo_id, rules)
     verdicts = judge(rules, asked)
     console = _console()
-    for line in [*_asks(federation, silo_id), *_so_far(federation, silo_id, rules)]:
+    for line in [*_asks(federation, silo_id), _so_far(federation, silo_id, rules)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print()
     unknown = set() if based else {"base model"}
@@ -108,14 +108,15 @@ def _asks(federation: Federation, silo_id: str) -> list[str]:
     ]
 
 
-def _so_far(federation: Federation, silo_id: str, rules: Policy) -> list[str]:
+def _so_far(federation: Federation, silo_id: str, rules: Policy) -> str:
     """What the data set's ledger says, where it can be read from here."""
     from silotune.pipelines.steward import privacy_view
 
-    with contextlib.suppress(SilotuneError):
+    try:
         found = privacy_view.account(federation, silo_id, [], time.time(), rules, every=False)
-        return [f"so far: {privacy_view.told(found)} (ledger in {found.place})"]
-    return ["so far: the ledger cannot be read from here"]
+    except SilotuneError as error:
+        return f"so far: {'this machine has no key of the silo, and so no ledger' if error.reason == 'no signing key' else error}"
+    return f"so far: {privacy_view.told(found)} (ledger in {found.place})"
 
 
 def _asked(federation: Federation, silo_id: str, rules: Policy) -> tuple[Asked, bool]:

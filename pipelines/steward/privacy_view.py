@@ -190,7 +190,7 @@ def tables(found: Account) -> list[RenderableType]:
         add(f"of its promise (delta {found.promise.delta:g})", found.promise.spent, found.promise.epsilon)
     made: list[RenderableType] = [budget]
     if found.next:
-        ahead = table("further rounds", *(words for _, words in NAMES), "refused by")
+        ahead = table("more rounds", *(words for _, words in NAMES), "refused by")
         for count, after in found.next.items():
             ahead.add_row(str(count), *(text(getattr(after, name)) for name, _ in NAMES), ", ".join(found.refused.get(count, [])))
         made.append(ahead)

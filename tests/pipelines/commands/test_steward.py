@@ -287,6 +287,17 @@ def test_a_review_tells_what_is_spent_so_far(spent: Path, silotune: Call) -> Non
     )
 
 
+def test_a_review_tells_of_a_ledger_that_was_tampered_with(spent: Path, silotune: Call) -> None:
+    (Path(Federation.load(spent).silo("north").storage) / "ledger" / "letters" / "000002.json").unlink()
+    out = silotune("review", spent, "--silo", "north")[1]
+    assert "000002.json is missing, and later ones are there; nothing is trained until" in out
+
+
+def test_a_review_before_there_is_a_key(make_federation: Any, tmp_path: Path, silotune: Call) -> None:
+    out = silotune("review", make_federation(), "--silo", "north", "--policy", written(tmp_path))[1]
+    assert "so far: this machine has no key of the silo, and so no ledger" in out
+
+
 def test_a_review_says_where_single_records_are_scored(make_federation: Any, tmp_path: Path, silotune: Call) -> None:
     file = make_federation(evaluation={"max_examples": 1})
     assert (
