@@ -144,7 +144,7 @@ def test_past_the_deadline_a_silo_is_late_however_lively(make: Any) -> None:
 
 
 def test_a_silo_that_is_silent_fails_at_the_step_it_reached(make: Any) -> None:
-    file = make(stall="2s")
+    file = make(stall="5s")
     assert supervise("probe", file, "north", "hang", turn=TURN) == "north failed: hung at step 12 of 50"
     assert report(file).reason == "hung at step 12 of 50"
 
@@ -210,9 +210,9 @@ def wait_for(path: Path, text: str) -> None:
 
 
 def test_two_runs_work_on_a_silo_one_after_the_other(make: Any, tmp_path: Path) -> None:
-    file = make(stall="2s")  # the second waits longer than that, and is not taken for hung
+    file = make(stall="5s")  # the second waits longer than that, and is not taken for hung
     order = tmp_path / "private" / "hand" / "order"
-    first = holding(file, "first", 3)
+    first = holding(file, "first", 6)
     wait_for(order, "first in")
     second = holding(file, "second", 0)
     for process in (first, second):
@@ -221,7 +221,7 @@ def test_two_runs_work_on_a_silo_one_after_the_other(make: Any, tmp_path: Path) 
 
 
 def test_a_waiting_box_hides_no_hang_of_the_one_it_waits_for(make: Any, tmp_path: Path) -> None:
-    file = make(stall="2s")
+    file = make(stall="5s")
     order = tmp_path / "private" / "hand" / "order"
     stuck = holding(file, "stuck", 60)
     wait_for(order, "stuck in")
