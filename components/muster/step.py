@@ -135,8 +135,12 @@ class Muster:
         if stage == "mask":
             return not self.all_there(survivors)
         roster = self.secure.roster("mask")
-        agreed = roster is not None and len(self.secure.confirmed(survivors, roster.members)) >= secure_terms.threshold(self.agreement)
-        return agreed == (stage == "unmask")
+        if roster is None:  # aggregate says which record is gone
+            return False
+        confirmed = len(self.secure.confirmed(survivors, roster.members))
+        if stage == "confirm":  # also where enough have: some of them may be gone by the time that shares are told
+            return confirmed < len(roster.members)
+        return confirmed >= secure_terms.threshold(self.agreement)
 
     def all_there(self, survivors: Survivors) -> bool:
         """Whether the store still has all survivors' vectors; one that was damaged is deleted, and its silo sends it again."""

@@ -112,6 +112,15 @@ def test_a_sum_that_too_few_open_is_opened_later_by_those_who_have_not_answered(
     assert set(course.try_round().contributions) == set(SILOS)
 
 
+def test_who_has_not_confirmed_is_asked_again_where_others_are_gone_since(tmp_path: Path) -> None:
+    course = SecureCourse(tmp_path)
+    updates = {s: course.tensors(s) for s in SILOS}
+    with pytest.raises(QuorumError, match="3 silos must tell their shares, 2 did; waiting for ada, di"):
+        course.try_round({"confirm": ["di"], "unmask": ["ada"]})
+    course.open()
+    assert_mean_of(course, course.try_round({"train": ["ada"]}), updates)
+
+
 def openings(course: SecureCourse) -> dict[str, object]:
     from silotune.components.secure_sum.records import Opening
 
