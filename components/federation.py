@@ -357,6 +357,19 @@ class Agreement(Section):
         """Training terms of one silo: the federation's with the silo's own overrides."""
         return self.training.model_copy(update=self.silos[silo_id]["training"])
 
+    def examples_of(self, silo_id: str) -> int:
+        """What one silo is asked to train on in a round."""
+        terms = self.training_of(silo_id)
+        return terms.steps * terms.batch_size
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Each silo's part in a mean over all of them, whoever delivers; they add up to 1. By examples asked for, where those are what counts."""
+        alike = self.aggregation.weighs_alike
+        counts = {silo: 1 if alike else self.examples_of(silo) for silo in sorted(self.silos)}
+        total = sum(counts.values())
+        return {silo: count / total for silo, count in counts.items()}
+
     def rank_of(self, silo_id: str) -> int:
         """Rank of the adapters that one silo trains; 0 where all weights are trained."""
         if self.model["method"] == "full":

@@ -13,7 +13,7 @@ from silotune.components.federation import Agreement, Federation
 from silotune.components.protocol import Commit, Participant, Plan, Turn
 from silotune.components.rounds import Rounds
 from silotune.components.secure_sum import records as secure_records
-from silotune.components.terms.strategies import Aggregation, Strategy
+from silotune.components.terms.strategies import Strategy
 
 
 def require_quorum(federation: Federation, what: str, present: list[str], missing: dict[str, str], share: float = 1.0) -> None:
@@ -110,7 +110,7 @@ def _plan(federation: Federation, rounds: Rounds, latest: Commit, agreement: Agr
         accepted=[(number, latest.outgoing)],
         participants={s: Participant(tensors=schemas[rank], cursor=cursors.get(s, 0)) for s, rank in ranks.items()},
         learning_rate=terms.learning_rate * decay(terms.round_schedule, done / federation.rounds.total),
-        server_state=carried_on(rounds, latest, agreement.aggregation) if strategy.memory else {},
+        server_state=carried_on(rounds, latest, agreement) if strategy.memory else {},
         code=version("silotune"),
     )
 
@@ -123,17 +123,23 @@ def lineage(rounds: Rounds, latest: Commit) -> Iterator[Commit]:
         commit = rounds.commit(commit.round - 1 if commit.back_to is None else commit.back_to)
 
 
-def under(rounds: Rounds, latest: Commit, terms: Aggregation) -> Iterator[Commit]:
-    """The newest part of the lineage: as far as the terms of aggregation have been these. What is carried from round to round holds for it."""
+def under(rounds: Rounds, latest: Commit, agreement: Agreement) -> Iterator[Commit]:
+    """The newest part of the lineage: as far as the terms of aggregation have been these. What is carried from round to round holds for it.
+
+    Where silos have a memory, what the server carries is the mean of all theirs. So it holds as far as the silos and their parts have been these, too:
+    with the memory of one that has left, or without that of one that has come, every later step would be off by it.
+    """
+    terms = agreement.aggregation
     for commit in lineage(rounds, latest):
-        if rounds.agreement(commit.agreement).aggregation != terms:
+        before = rounds.agreement(commit.agreement)
+        if before.aggregation != terms or (terms.traits.memory and before.parts != agreement.parts):
             return
         yield commit
 
 
-def carried_on(rounds: Rounds, latest: Commit, terms: Aggregation) -> dict[str, str]:
+def carried_on(rounds: Rounds, latest: Commit, agreement: Agreement) -> dict[str, str]:
     """What aggregation carries into the next round; empty where it begins, or begins anew under other terms."""
-    return next((c.server_state for c in under(rounds, latest, terms) if c.made_global), {})
+    return next((c.server_state for c in under(rounds, latest, agreement) if c.made_global), {})
 
 
 def turn_of(rounds: Rounds, latest: Commit, strategy: Strategy) -> int:

@@ -33,14 +33,14 @@ def round_of(rounds: Rounds, latest: Commit, plan: Plan, agreement: Agreement, i
         CorruptObject, ObjectMissing: what is carried cannot be read.
     """
     terms = agreement.aggregation
-    known = opening.carried_on(rounds, latest, terms)
+    known = opening.carried_on(rounds, latest, agreement)
     files = {
         name: open_tensor_file(rounds.fetch_object(known[name], folder / f"{name}-before")) for name in (OPTIMIZER, REST) if name in known
     }
     numbers = rounds.json_object(known[NUMBERS]) if NUMBERS in known else {}
     lora = agreement.model.get("lora")
     return Round(
-        terms=terms, incoming=incoming, silos=len(agreement.silos), scale=lora["alpha"] / lora["r"] if lora else 1.0,
+        terms=terms, incoming=incoming, silos=len(agreement.silos), parts=agreement.parts, scale=lora["alpha"] / lora["r"] if lora else 1.0,
         carried=Carried(files, numbers), initial=_begun_anew(agreement, plan, incoming) if terms.traits.combine == "stack" else {},
         groups=terms.groups(plan.participants),
     )  # fmt: skip

@@ -33,7 +33,7 @@ def expectations(rounds: Rounds, plan: Plan, agreement: Agreement, silos: Iterab
 
     for silo in silos:
         participant, terms = plan.participants[silo], agreement.training_of(silo)
-        examples = terms.steps * terms.batch_size
+        examples = agreement.examples_of(silo)
         found[silo] = Expectation(
             federation=rounds.federation, agreement=plan.agreement, plan=digest, base=plan.base, accepted=tuple(plan.accepted), silo=silo,
             cursor=participant.cursor, codec=agreement.communication.codec, schema=rounds.schema(participant.tensors),

@@ -19,7 +19,7 @@ from silotune.components.aggregate import groups
 from silotune.components.aggregate.intake import Intake
 from silotune.components.errors import RefusedError
 from silotune.components.federation import Federation
-from silotune.components.learning.aggregation.combination import summands
+from silotune.components.learning.aggregation.combination import memory_weights, summands
 from silotune.components.learning.aggregation.tree import partial_sum
 from silotune.components.learning.update import UpdateRefused
 from silotune.components.process import child
@@ -72,7 +72,9 @@ def work(federation_file: str, turn_text: str, group: str) -> str:
             if groups.stored_sum(rounds, turn, number, weights, intake):
                 return f"group {number} ok: it is summed already"
             try:
-                made = partial_sum(intake.accepted, weights, folder / SUM, fan_in=terms.fan_in)
+                made = partial_sum(
+                    intake.accepted, weights, folder / SUM, fan_in=terms.fan_in, memory=memory_weights(terms, agreement.parts)
+                )
                 break
             except (UpdateRefused, ObjectMissing) as error:
                 intake.mend(error)

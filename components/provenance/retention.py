@@ -29,9 +29,9 @@ def due(federation: Federation, rounds: Rounds) -> dict[str, list[str]]:
         for c in rounds.commit(number).contributions.values()
     }
     plan = rounds.plan(latest.round + 1)
-    terms = rounds.agreement(plan.agreement if plan else latest.agreement).aggregation
-    if terms.traits.memory:
-        kept |= {c.object for commit in opening.under(rounds, latest, terms) for c in commit.contributions.values()}
+    agreement = rounds.agreement(plan.agreement if plan else latest.agreement)
+    if agreement.aggregation.traits.memory:
+        kept |= {c.object for commit in opening.under(rounds, latest, agreement) for c in commit.contributions.values()}
     delivered = rounds.updates(latest.round + 1)[0] if plan else {}
     kept |= {m.object for m in delivered.values()}
     known = {c.object for commit in rounds.commits() for c in commit.contributions.values()}

@@ -42,8 +42,7 @@ def places(agreement: Agreement) -> dict[str, int]:
 
 def examples(agreement: Agreement, silo: str) -> int:
     """What the terms ask a silo to train on in a round; what it has seen of that is its own business."""
-    training = agreement.training_of(silo)
-    return training.steps * training.batch_size
+    return agreement.examples_of(silo)
 
 
 def weight(agreement: Agreement, silo: str) -> float:

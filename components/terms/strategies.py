@@ -208,6 +208,11 @@ class Aggregation(Section):
         return self.server.learning_rate if self.server.learning_rate is not None else usual.get(self.traits.server, 1.0)
 
     @property
+    def weighs_alike(self) -> bool:
+        """Whether every silo counts as one. With feddyn always: it is no mean of weighted silos in the paper, and has no such form."""
+        return self.weights == "uniform" or self.traits.server == "dynamic"
+
+    @property
     def tree(self) -> bool:
         """Whether sums of groups are sums of the whole."""
         return self.traits.linear and self.robust is None and self.clip is None and not self.zeroing
@@ -256,9 +261,11 @@ def conflicts(raw: Mapping[str, Any]) -> Iterator[str]:
         yield f"export.merge: must be true with aggregation.strategy {name}, which changes the base's own weights; set it"
     if terms.get("mu", usual := Aggregation.model_fields["mu"].default) != usual and strategy.local not in ("proximal", "dynamic"):
         yield f"aggregation.mu: is for fedprox and feddyn, got it with {name}; remove it"
+    yield from _weight_conflicts(terms, name, strategy)
     if _differs(terms.get("server"), ServerStep()) and strategy.server in ("add", "control", "dynamic"):
         users = ", ".join(n for n, s in STRATEGIES.items() if s.server not in ("add", "control", "dynamic"))
         yield f"aggregation.server: is for {users}, got it with {name}; remove it"
+    yield from _unused_steps(terms.get("server"), name, strategy)
     if terms.get("carry") and strategy.combine != "product":
         yield f"aggregation.carry: is for product, got it with {name}; remove it"
     clip = terms.get("clip")
@@ -292,6 +299,30 @@ def _tree_conflicts(raw: Mapping[str, Any], terms: Mapping[str, Any], name: str,
     elif found:
         what = " and ".join(found)
         yield f"aggregation.fan_in: cannot hold with {what}, which must see all updates side by side, got {fan_in} for {count} silos; remove one of them"
+
+
+def _weight_conflicts(terms: Mapping[str, Any], name: str, strategy: Strategy) -> Iterator[str]:
+    """Weights that a strategy with memory cannot count by."""
+    weights = terms.get("weights")
+    if strategy.server == "dynamic" and weights not in (None, "uniform"):
+        yield f"aggregation.weights: {name} counts every silo as one, got {weights}; remove it, or choose scaffold"
+    if strategy.server == "control" and weights == "tokens":
+        yield f"aggregation.weights: tokens are not known beforehand, as the weights of {name}'s control variates must be; set examples or uniform"
+
+
+USED: dict[str, set[str]] = {  # server -> what of `aggregation.server` it goes by
+    "momentum": {"learning_rate", "beta1"}, "nesterov": {"learning_rate", "beta1"}, "adagrad": {"learning_rate", "tau"},
+}  # fmt: skip
+
+
+def _unused_steps(server: Any, name: str, strategy: Strategy) -> Iterator[str]:
+    """Settings of the server's step that would change nothing."""
+    used = USED.get(strategy.server)
+    if used is None or not isinstance(server, dict):
+        return
+    for key in sorted(server.keys() & ServerStep.model_fields.keys() - used):
+        if server[key] != ServerStep.model_fields[key].default:
+            yield f"aggregation.server.{key}: has no part in {name}, which goes by {' and '.join(sorted(used))}; remove it"
 
 
 def _differs(given: Any, usual: Section) -> bool:

@@ -15,35 +15,35 @@ import numpy as np
 
 from silotune.components import opening
 from silotune.components.errors import RefusedError
-from silotune.components.federation import canonical_json
+from silotune.components.federation import Agreement, canonical_json
 from silotune.components.learning.aggregation.summation import MEMORY
 from silotune.components.learning.tensor_file import MalformedFile, open_tensor_file, to_bytes, write_tensor_file
 from silotune.components.protocol import Commit
 from silotune.components.rounds import Rounds
 from silotune.components.store.content import CorruptObject
 from silotune.components.store.object_store import ObjectMissing
-from silotune.components.terms.strategies import Aggregation
 
 FILE = "memory.safetensors"  # in the silo's folder
 THROUGH = "through"  # in its metadata: digest of the last commit that it holds
 TERMS = "terms"  # in its metadata: digest of the terms that it was added up under
 
 
-def own_sum(rounds: Rounds, latest: Commit, terms: Aggregation, silo: str, home: Path) -> dict[str, np.ndarray]:
+def own_sum(rounds: Rounds, latest: Commit, agreement: Agreement, silo: str, home: Path) -> dict[str, np.ndarray]:
     """Σ over the silo's committed rounds under the terms at hand, by tensor name, float32; empty where there are none.
 
     Args:
         latest: the commit that made the incoming global.
-        terms: of the open round. With scaffold the ``memory.…`` tensors of updates are added up, else the differences themselves.
+        agreement: of the open round. With scaffold the ``memory.…`` tensors of updates are added up, else the differences themselves.
 
     Raises:
         RefusedError: an update that belongs to it is gone or damaged, and the silo's folder holds no copy.
     """
-    memory, digest = terms.traits.local == "control", hashlib.sha256(canonical_json(terms.model_dump())).hexdigest()
+    terms = agreement.aggregation
+    memory, digest = terms.traits.local == "control", hashlib.sha256(canonical_json([terms.model_dump(), agreement.parts])).hexdigest()
     kept, through = _kept(home, digest)
     total: dict[str, np.ndarray] = {}
     missed: list[Commit] = []
-    for commit in opening.under(rounds, latest, terms):
+    for commit in opening.under(rounds, latest, agreement):
         if commit.digest == through:
             total = kept
             break

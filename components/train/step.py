@@ -271,7 +271,7 @@ def _write_control(rounds: Rounds, plan: Plan, agreement: Agreement, silo_id: st
     if not strategy.memory:
         return
     latest = rounds.commit(plan.round - 1)
-    own = own_sum(rounds, latest, agreement.aggregation, silo_id, home)
+    own = own_sum(rounds, latest, agreement, silo_id, home)
     tensors = {OWN + name: array for name, array in own.items()}
     if strategy.local == "control" and (digest := plan.server_state.get(OPTIMIZER)):
         state = open_tensor_file(rounds.fetch_object(digest, home / ".state.safetensors"))

@@ -68,6 +68,7 @@ class Course:
     carried: Carried = field(default_factory=Carried)
     round: int = 0
     made: Combined | None = None
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -98,7 +99,7 @@ class Course:
         if self.terms.traits.combine == "stack":
             rng = np.random.default_rng(self.round)
             initial = {n: (rng.standard_normal(a.shape) / np.sqrt(IN)).astype(np.float32) for n, a in self.state.items() if n.endswith(A)}
-        given = Round(self.terms, open_tensor_file(incoming), self.silos, SCALE, self.carried, initial)
+        given = Round(self.terms, open_tensor_file(incoming), self.silos, self.parts, SCALE, self.carried, initial)
         self.made = combine(given, updates, folder)
         self.state = open_tensor_file(folder / OUTGOING).read_all()
         self.carried = Carried({name: open_tensor_file(path) for name, path in self.made.files.items()}, self.made.numbers)

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import trials
+import yaml
 
 from silotune.components import opening
 from silotune.components.errors import RefusedError
 from silotune.components.evaluate import step as evaluate
-from silotune.components.federation import Federation
+from silotune.components.federation import Agreement, Federation
 from silotune.components.learning import model as models
 from silotune.components.learning.aggregation.summation import MEMORY
 from silotune.components.learning.batches import batches, seed_of, stream, target_count
@@ -56,10 +57,15 @@ class Lab:
     def home(self, silo: str) -> Path:
         return silo_home(self.federation, self.federation.silo(silo))
 
+    def agreement(self, latest: Commit) -> Agreement:
+        """Of the open round, else of the last one."""
+        plan = self.rounds.plan(latest.round + 1)
+        return self.rounds.agreement(plan.agreement if plan else latest.agreement)
+
     def own(self, silo: str) -> trials.Arrays:
         latest = self.rounds.latest()
         assert latest is not None
-        return own_sum(self.rounds, latest, self.federation.aggregation, silo, self.home(silo))
+        return own_sum(self.rounds, latest, self.agreement(latest), silo, self.home(silo))
 
     def textbook(self, commit: Commit, silo: str, offset: trials.Arrays, mu: float) -> tuple[trials.Arrays, trials.Arrays]:
         """(θ - θ₀, mean raw gradient) of a loop of torch's own AdamW, in which g + offset + μ(θ - θ₀) stands for g."""
@@ -246,6 +252,35 @@ def test_other_terms_begin_anew_on_both_sides(make_federation: Any, tiny_llama: 
     assert lab.own("east") == {}, "and both sides have begun anew in between"
     fourth = lab.round(*lab.silos)
     close(lab.own("east"), {n.removeprefix(MEMORY): a for n, a in lab.sent(fourth)["east"].items() if n.startswith(MEMORY)}, 0)
+
+
+@pytest.mark.parametrize("strategy", ["scaffold", "feddyn", "fedadam"])
+def test_where_silos_come_or_go_what_is_a_mean_over_all_of_them_begins_anew(
+    make_federation: Any, tiny_llama: Path, tmp_path: Path, strategy: str
+) -> None:
+    """With the memory of one that has left, the server's would be off by it for good. A momentum is no silo's, and goes on."""
+    lab = Lab(make_federation, tiny_llama, tmp_path / "lab", strategy)
+    mean = strategy != "fedadam"
+
+    def opened() -> tuple[bool, bool]:
+        """Whether the server goes on with its state, and the silo with what its rounds have added up to."""
+        trials.begin(lab.file)
+        latest = lab.rounds.latest()
+        assert latest is not None
+        return bool(opening.carried_on(lab.rounds, latest, lab.agreement(latest))), mean and bool(lab.own("east"))
+
+    made = _made_up_round(lab, 1)
+    assert made.server_state
+    trials.edit(lab.file, training={"steps": 3, "batch_size": 4, "learning_rate": 0.02})
+    assert opened() == (True, mean), "all silos' parts are what they were"
+    silos = yaml.safe_load(lab.file.read_text())["silos"]
+    trials.edit(lab.file, silos=[s for s in silos if s["id"] == "east"])
+    assert opened() == (not mean, False)
+    trials.edit(lab.file, silos=silos)
+    assert opened() == (not mean, False), "who comes again is new"
+    _made_up_round(lab, 9)
+    trials.edit_silo(lab.file, "north", training={"steps": 9})
+    assert opened() == (strategy != "scaffold", strategy == "feddyn"), "another part of the mean by examples; feddyn counts all alike"
 
 
 def _made_up_round(lab: Lab, number: int) -> Commit:

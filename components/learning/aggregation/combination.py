@@ -57,6 +57,7 @@ class Round:
     terms: Aggregation
     incoming: TensorFile
     silos: int  # in the federation, whether they delivered or not
+    parts: Mapping[str, float] = field(default_factory=dict)  # `Agreement.parts`; each silo's the same where there are none
     scale: float = 1.0  # LoRA's alpha / r
     carried: Carried = field(default_factory=Carried)
     initial: Mapping[str, np.ndarray] = field(default_factory=dict)  # flora: A by tensor name, as adapters begin anew
@@ -150,7 +151,7 @@ def combine_sum(given: Round, path: Path, weights: Mapping[str, float], folder: 
 
 
 def _counts(terms: Aggregation, updates: Mapping[str, Update]) -> dict[str, float]:
-    return weigh(updates, "uniform" if terms.traits.server == "dynamic" else terms.weights)
+    return weigh(updates, "uniform" if terms.weighs_alike else terms.weights)
 
 
 def summands(terms: Aggregation, updates: Mapping[str, Update]) -> tuple[dict[str, float], float | None]:
@@ -162,6 +163,15 @@ def summands(terms: Aggregation, updates: Mapping[str, Update]) -> tuple[dict[st
     return counts, None
 
 
+def memory_weights(terms: Aggregation, parts: Mapping[str, float]) -> dict[str, float]:
+    """What each silo's memory counts for, so that the server's is Σ pᵢcᵢ over all silos: N·pᵢ, which is 1 where all count alike.
+
+    The paper's mean is (1/N) Σ, over losses that count alike (Karimireddy et al. 2019, arXiv:1910.06378, Eq. 1). Where silo i's counts pᵢ, the corrections
+    cᵢ - c cancel in the mean of the updates only if c is weighed as they are; else the course settles where the unweighted loss is least.
+    """
+    return {silo: len(parts) * part for silo, part in parts.items()} if terms.traits.local == "control" else {}
+
+
 def _plain(
     given: Round, updates: Mapping[str, Update], counts: dict[str, float], out: Path, stored: Sequence[Stored]
 ) -> Combined:  # fmt: skip
@@ -171,13 +181,17 @@ def _plain(
     shares = {silo: count / total for silo, count in counts.items()}
     if terms.traits.combine == "mean":
         weights, divisor = summands(terms, updates)
+        memory = memory_weights(terms, given.parts)
         optimizer, state, files = _server(given, len(updates), out)
         if given.groups:
             mean = grouped_mean(
-                incoming, given.groups, updates, weights, stored, out, total=divisor, optimizer=optimizer, state=state, fan_in=terms.fan_in
-            )
+                incoming, given.groups, updates, weights, stored, out, total=divisor, optimizer=optimizer, state=state, fan_in=terms.fan_in,
+                memory=memory,
+            )  # fmt: skip
         else:
-            mean = weighted_mean(incoming, updates, weights, out, total=divisor, optimizer=optimizer, state=state, fan_in=terms.fan_in)
+            mean = weighted_mean(
+                incoming, updates, weights, out, total=divisor, optimizer=optimizer, state=state, fan_in=terms.fan_in, memory=memory
+            )
         return Combined(shares, mean.norms, mean.change, files=files)
     if terms.traits.combine == "product":
         rest = ServerState(given.carried.files.get(REST), out.with_name("rest.safetensors")) if terms.carry else None

@@ -26,6 +26,7 @@ from silotune.components.learning.update import Update
 BLOCK = 1 << 15  # numbers worked on at a time in float64, so that all that is made of them stays in the processor's cache
 FEDAVG = fedavg()
 METADATA = {"format": "pt"}
+ALIKE: Mapping[str, float] = {}  # every silo's memory counts as one
 
 
 def weigh(updates: Mapping[str, Update], by: str) -> dict[str, float]:
@@ -61,6 +62,7 @@ class ServerState:
 def weighted_mean(
     incoming: TensorFile, updates: Mapping[str, Update], weights: Mapping[str, float], out: Path, *, total: float | None = None,
     optimizer: ServerOptimizer = FEDAVG, state: ServerState | None = None, fan_in: int = FAN_IN, noise: SumNoise | None = None,
+    memory: Mapping[str, float] = ALIKE,
 ) -> Mean:  # fmt: skip
     """Write the next global: incoming plus the server's step along Σ wᵢΔᵢ / Σ wᵢ.
 
@@ -69,13 +71,14 @@ def weighted_mean(
         total: what the weighted sum is divided by, where that is not the weights' own sum.
         state: must be given where the optimiser carries any.
         noise: added to the sum before it is divided.
+        memory: by silo, what its memory counts for; 1 where it is not named.
 
     Raises:
         UpdateRefused: a tensor of an update is corrupt or not finite, or its norm is not what its header says; nothing was written.
         SilotuneError: the mean overflows float32; nothing was written.
     """
     silos = sorted(updates)
-    terms = [term_of(updates[silo], weights[silo]) for silo in silos]
+    terms = [term_of(updates[silo], weights[silo], memory.get(silo, 1.0)) for silo in silos]
     found: dict[str, float] = {}
 
     def check() -> None:

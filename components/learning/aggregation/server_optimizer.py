@@ -89,7 +89,8 @@ def fedadam(learning_rate: float, beta1: float = 0.9, beta2: float = 0.99, tau: 
 def scaffold(participation: float, learning_rate: float = 1.0) -> ServerOptimizer:
     """x ← x + ηΔ, c ← c + |S|/N · mean(cᵢ⁺ - cᵢ) (Karimireddy et al. 2019, arXiv:1910.06378, Eq. 5).
 
-    Silos send cᵢ⁺ - cᵢ as ``memory.<name>``; each counts as one, so that the control variate is (1/N) Σ cᵢ over all N silos.
+    Silos send cᵢ⁺ - cᵢ as ``memory.<name>``. Where each counts as one, the control variate is (1/N) Σ cᵢ over all N silos; where each counts N·pᵢ
+    (`combination.memory_weights`), it is Σ pᵢcᵢ.
 
     Args:
         participation: |S|/N, the share of the federation's silos whose updates are averaged.

@@ -38,7 +38,7 @@ WINDOW = 1 << 21  # numbers read from one file at a time, 8 MiB of float32
 BLOCK = 1 << 19  # numbers worked on at a time
 ROW = 1 << 13  # numbers whose squares are added up in float32
 SAFE = (1e-20, 1e30)  # a block's sum of squares, if nothing in it has overflowed, and nothing that counts has vanished
-MEMORY = "memory."  # tensors of an update that are no part of the model, but what a silo's method carries on; each counts as one
+MEMORY = "memory."  # tensors of an update that are no part of the model, but what a silo's method carries on
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ class Term:
             raise UpdateRefused(self.check.header.silo, str(error), "send the update again") from None
 
 
-def term_of(update: Update, weight: float) -> Term:
-    return Term(update.file, weight, Check(update.header))
+def term_of(update: Update, weight: float, memory_weight: float = 1.0) -> Term:
+    return Term(update.file, weight, Check(update.header), memory_weight)
 
 
 def verify_norms(updates: Sequence[tuple[Update, Check]]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from silotune.components.errors import RefusedError, SilotuneError
-from silotune.components.learning.aggregation.mean import FEDAVG, METADATA, Mean, ServerState, divisor_of, finish
+from silotune.components.learning.aggregation.mean import ALIKE, FEDAVG, METADATA, Mean, ServerState, divisor_of, finish
 from silotune.components.learning.aggregation.server_optimizer import ServerOptimizer
 from silotune.components.learning.aggregation.summation import FAN_IN, Check, Term, WholeCheck, sums, term_of, verify_norms, windows
 from silotune.components.learning.tensor_file import TensorFile, tensor_writer
@@ -42,7 +42,9 @@ class Stored:
     digest: str  # SHA-256 of the file, which nobody has compared yet
 
 
-def partial_sum(updates: Mapping[str, Update], weights: Mapping[str, float], out: Path, *, fan_in: int = FAN_IN) -> Partial:
+def partial_sum(
+    updates: Mapping[str, Update], weights: Mapping[str, float], out: Path, *, fan_in: int = FAN_IN, memory: Mapping[str, float] = ALIKE
+) -> Partial:  # fmt: skip
     """Verify the updates of one group and write their weighted sum.
 
     Raises:
@@ -50,7 +52,7 @@ def partial_sum(updates: Mapping[str, Update], weights: Mapping[str, float], out
         UpdateRefused: as `weighted_mean`; nothing was written.
     """
     silos = sorted(updates)
-    terms = [term_of(updates[silo], weights[silo]) for silo in silos]
+    terms = [term_of(updates[silo], weights[silo], memory.get(silo, 1.0)) for silo in silos]
     norms: dict[str, float] = {}
     checks = [(updates[silo], term.check) for silo, term in zip(silos, terms, strict=True) if isinstance(term.check, Check)]
     _write_sum(terms, out, fan_in, lambda: norms.update(verify_norms(checks)))
@@ -88,7 +90,7 @@ def mean_of_partials(
 def grouped_mean(
     incoming: TensorFile, groups: Sequence[Sequence[str]], updates: Mapping[str, Update], weights: Mapping[str, float],
     stored: Sequence[Stored], out: Path, *, total: float | None = None, optimizer: ServerOptimizer = FEDAVG, state: ServerState | None = None,
-    fan_in: int = FAN_IN,
+    fan_in: int = FAN_IN, memory: Mapping[str, float] = ALIKE,
 ) -> Mean:  # fmt: skip
     """As `mean.weighted_mean`, in given groups: the same bytes, whichever of the groups' sums are stored.
 
@@ -114,7 +116,7 @@ def grouped_mean(
             sizes.append(1)
             used.append(found)
         else:
-            terms += [term_of(updates[silo], weights[silo]) for silo in silos]
+            terms += [term_of(updates[silo], weights[silo], memory.get(silo, 1.0)) for silo in silos]
             sizes.append(len(silos))
     if len(used) < len(stored) or not updates.keys() <= {silo for group in groups for silo in group}:
         raise ValueError("groups: must hold all silos, and each stored sum must be of one of them")

@@ -223,6 +223,22 @@ def test_silos_of_one_quadratic_loss_come_to_its_optimum(begin: Begin, case: str
     assert distance(weights_of(course.state), target) < 0.02 * away
 
 
+def test_control_variates_settle_where_the_loss_is_least_that_weighs_silos_as_their_updates_are(begin: Begin) -> None:
+    """Whatever their steps: of the silos' optima, each its own, the mean by the examples asked for. One silo is absent now and then."""
+    targets = [{n: a + np.float32(i) for n, a in first_global("plain").items()} for i in (1, 2, 5)]
+    steps, rate = {"s0": 2, "s1": 3, "s2": 7}, 0.05
+    course = begin("scaffold", silos=3)
+    course.parts = {silo: count / 12 for silo, count in steps.items()}
+    silos = {silo: QuadraticSilo(target, 1.0) for silo, target in zip(steps, targets, strict=True)}
+    for number in range(45):
+        present = [silo for silo in silos if number % 5 or silo != "s1"]
+        course.close({s: silos[s].train(course, steps[s], rate) for s in present}, steps, steps)
+    wanted = {n: sum(course.parts[s] * t[n] for s, t in zip(steps, targets, strict=True)) for n in course.state}
+    assert distance(course.state, wanted) < 1e-2
+    alike = {n: np.mean([t[n] for t in targets], axis=0) for n in course.state}
+    assert distance(alike, wanted) > 0.1, "else the weights could not show"
+
+
 def test_an_update_that_counts_as_zero_is_a_zero_among_the_others(begin: Begin) -> None:
     """With a rule by number, too: left out altogether it would move the median to 1.5."""
     for rule, wanted in (("median", 1.0), ("trimmed-mean", 1.0)):
