@@ -22,6 +22,7 @@ from typing import Any
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation, Silo, canonical_json
 from silotune.components.protocol import Turn
+from silotune.components.store.object_store import OWN
 from silotune.components.terms.placement import Claim, Placement, SecretUse
 
 FEDERATION_FILE = "/federation/federation.yaml"
@@ -32,7 +33,11 @@ CONFIG_MAP = "silotune-federation"
 CLAIMS = [Claim(claim="silotune-silo", mount="/silo")]
 KEYS = {"AWS_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY"}
 SECRETS = [SecretUse(name="silotune-keys", mount="/keys"), SecretUse(name="silotune-s3", env=KEYS)]
-STORE = ("silotune-store", ("AWS_ENDPOINT_URL", "AWS_REGION"))  # ConfigMap of the silo that says where the store is
+# Of buckets of the silo's own, for its records and its ledger, where they are not reached as the store is; the Secret need not be there.
+OWN_S3 = SecretUse(name="silotune-own-s3", env={OWN + name: key for name, key in KEYS.items()})
+# ConfigMap of the silo that says where the store is, and where such buckets are.
+STORE = ("silotune-store", ("AWS_ENDPOINT_URL", "AWS_REGION"))
+OWN_STORE = tuple(OWN + key for key in STORE[1])
 # And, in the same ConfigMap, how the store is reached in a network with proxies and an authority of its own, whose file lies in `AUTHORITY`.
 WAY = ("AWS_CA_BUNDLE", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
 AUTHORITY = ("silotune-ca", "/ca")  # ConfigMap, which need not be there, and its folder
@@ -217,7 +222,8 @@ def _environment(p: Placement) -> list[dict[str, Any]]:
     return [
         *({"name": n, "value": v} for n, v in fixed.items()),
         *({"name": n, "valueFrom": {"secretKeyRef": {"name": s.name, "key": k}}} for s in secrets for n, k in s.env.items()),
-        *({"name": k, "valueFrom": {"configMapKeyRef": {"name": name, "key": k, "optional": True}}} for k in (*keys, *WAY)),
+        *({"name": n, "valueFrom": {"secretKeyRef": {"name": OWN_S3.name, "key": k, "optional": True}}} for n, k in OWN_S3.env.items()),
+        *({"name": k, "valueFrom": {"configMapKeyRef": {"name": name, "key": k, "optional": True}}} for k in (*keys, *OWN_STORE, *WAY)),
     ]
 
 

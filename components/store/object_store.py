@@ -19,6 +19,7 @@ from typing import Protocol
 from silotune.components.errors import FederationError, SilotuneError
 
 PROBE = ".silotune-probe"
+OWN = "SILO_"  # before the names of what boto3 reads (SILO_AWS_ENDPOINT_URL, …): for buckets of a silo's own, where they stand
 
 # What a store of either kind can hold: S3 allows 1024 bytes with the prefix, file systems 255 in one name.
 KEY = re.compile(r"(?=.{1,900}\Z)(?!\.tmp(/|\Z))(?!(.*/)?\.\.?(/|\Z))[A-Za-z0-9._=+,-]{1,255}(/[A-Za-z0-9._=+,-]{1,255})*\Z")
@@ -85,14 +86,19 @@ class ObjectStore(Protocol):
         """Tries with a probe object what the protocol needs: writing, create-if-absent, reading, listing."""
 
 
-def open_store(location: str) -> ObjectStore:
-    """The store at an absolute path or at ``s3://bucket/prefix``; nothing is touched yet (see `check`)."""
+def open_store(location: str, *, own: bool = False, kms_key: str | None = None) -> ObjectStore:
+    """The store at an absolute path or at ``s3://bucket/prefix``; nothing is touched yet (see `check`).
+
+    Args:
+        own: it is a silo's own, and a bucket of another account or server than the federation's store where SILO_AWS_… says so.
+        kms_key: that a bucket is to encrypt with; default: as the bucket is set up.
+    """
     scheme, _, rest = location.partition("://")
     bucket, _, prefix = rest.rstrip("/").partition("/")
     if scheme == "s3" and re.fullmatch(r"[A-Za-z0-9._-]{1,255}", bucket) and KEY.match(prefix or "x"):
         from silotune.components.store.s3_store import S3Store
 
-        return S3Store(bucket, prefix)
+        return S3Store(bucket, prefix, names=OWN if own else "", kms_key=kms_key)
     if os.path.isabs(location):
         from silotune.components.store.directory_store import DirectoryStore
 

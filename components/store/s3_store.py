@@ -3,7 +3,8 @@
 Only what every S3 store measured does alike is used (AWS, Ceph, moto): a single PUT with ``If-None-Match: *`` and ``Content-MD5``, ranged
 GET, HEAD, LIST, DELETE, multipart upload. Never If-Match, ETags or checksum headers: readers check digests of their own. All that is new is
 sent with ``If-None-Match: *``, files too, so that a policy may demand it (`bucket_policies`); a multipart upload does not rest on it.
-Credentials, region and endpoint come from where boto3 looks (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, a profile, an instance role).
+Credentials, region and endpoint come from where boto3 looks (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, a profile, an instance role). Those of
+a silo's own buckets stand under the same names after ``SILO_``; of these, what is not set is as for the store.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import base64
 import hashlib
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,7 +22,7 @@ from typing import Any, BinaryIO
 
 from silotune.components.errors import FederationError, SilotuneError, UnreachableError
 from silotune.components.store.local_files import AGAIN, beside, open_source
-from silotune.components.store.object_store import KEY, ObjectMissing, check_range, checked, probe, without_secrets
+from silotune.components.store.object_store import KEY, PROBE, ObjectMissing, check_range, checked, probe, without_secrets
 
 PART = 16 * 2**20  # bytes that travel in one request
 PARTS = 10_000  # of one upload at most; of a larger file each part is larger
@@ -50,9 +52,16 @@ MEANING: list[tuple[str, type[SilotuneError], str]] = [
 class S3Store:
     """A bucket, or the part of it under a prefix. A killed upload leaves parts behind: let a lifecycle rule of the bucket expire them."""
 
-    def __init__(self, bucket: str, prefix: str = "", *, attempts: int = 5) -> None:
+    def __init__(self, bucket: str, prefix: str = "", *, attempts: int = 5, names: str = "", kms_key: str | None = None) -> None:
+        """
+        Args:
+            names: stands before the names of environment variables, where they are set.
+            kms_key: that objects are encrypted with on the server (SSE-KMS).
+        """
         self._bucket = bucket
         self._prefix = f"{prefix}/" if prefix else ""
+        self._variables = names
+        self._encrypted = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {}
         self._attempts = attempts
         self._client: tuple[int, Any] = (0, None)  # process id, client
 
@@ -83,7 +92,7 @@ class S3Store:
         with self._speaking() as client:
             for attempt in range(self._attempts):
                 try:
-                    client.put_object(**names, Body=data, ContentMD5=_md5(data), IfNoneMatch="*")
+                    client.put_object(**names, **self._encrypted, Body=data, ContentMD5=_md5(data), IfNoneMatch="*")
                     return True
                 except client.exceptions.ClientError as error:
                     if _answer(error)[1] == 412:
@@ -108,7 +117,7 @@ class S3Store:
                     self.create(key, source.read())  # False: another writer of the same bytes was faster
                 else:
                     data = source.read()
-                    client.put_object(**self._names(key), Body=data, ContentMD5=_md5(data))
+                    client.put_object(**self._names(key), **self._encrypted, Body=data, ContentMD5=_md5(data))
 
     def _put_parts(self, client: Any, key: str, source: BinaryIO, size: int, only_new: dict[str, str]) -> None:
         """A multipart upload. Nothing shows under the key before its completion, whenever the writer dies."""
@@ -116,7 +125,7 @@ class S3Store:
 
         names = self._names(key)
         part = max(PART, -(-size // PARTS))
-        upload = {**names, "UploadId": client.create_multipart_upload(**names)["UploadId"]}
+        upload = {**names, "UploadId": client.create_multipart_upload(**names, **self._encrypted)["UploadId"]}
 
         def send(number: int) -> dict[str, Any]:
             data = os.pread(source.fileno(), part, (number - 1) * part)
@@ -170,10 +179,30 @@ class S3Store:
 
     def check(self) -> None:
         """As in `ObjectStore`, with fewer attempts: whoever waits for the answer is a person."""
-        probe(S3Store(self._bucket, self._prefix.rstrip("/"), attempts=2))
+        probe(self._hasty())
+
+    def encryption(self) -> tuple[str, str]:
+        """(algorithm, key) that the server says it has encrypted a probe object with, which is written, read again and deleted; "" for none."""
+        store, key = self._hasty(), f"{PROBE}/{uuid.uuid4().hex}"
+        try:
+            store.create(key, b"encrypted?")
+            if store.get(key) != b"encrypted?":
+                raise FederationError(f"{self}: must return what was just written, did not for '{key}'; use a consistent store")
+            with store._speaking(reads=key) as client:
+                told = client.head_object(**store._names(key))
+            return str(told.get("ServerSideEncryption") or ""), str(told.get("SSEKMSKeyId") or "")
+        finally:
+            with suppress(SilotuneError):  # as in `probe`
+                store.delete(key)
+
+    def _hasty(self) -> S3Store:
+        """The same, with fewer attempts."""
+        store = S3Store(self._bucket, self._prefix.rstrip("/"), attempts=2, names=self._variables)
+        store._encrypted = self._encrypted
+        return store
 
     def __str__(self) -> str:
-        endpoint = self._client[1].meta.endpoint_url if self._client[1] else _endpoint() or "its endpoint"
+        endpoint = self._client[1].meta.endpoint_url if self._client[1] else self._endpoint or "its endpoint"
         return f"store 's3://{self._bucket}/{self._prefix.rstrip('/')}' at {without_secrets(endpoint)}"
 
     def _names(self, key: str) -> dict[str, str]:
@@ -241,18 +270,37 @@ class S3Store:
             max_pool_connections=16,
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
-            s3={"addressing_style": "path"} if _endpoint() else None,
+            s3={"addressing_style": "path"} if self._endpoint else None,
         )
         try:
             # AWS's own name for the region in containers, which boto3 does not read.
-            region = os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION") or None
-            client = boto3.session.Session(region_name=region).client("s3", config=config)
+            region = next(filter(None, map(os.environ.get, self._named("AWS_DEFAULT_REGION", "AWS_REGION"))), None)
+            client = boto3.session.Session(region_name=region, **self._credentials()).client(
+                "s3", config=config, endpoint_url=self._endpoint or None
+            )
         except ValueError as error:
-            endpoint = without_secrets(_endpoint())
-            raise FederationError(f"AWS_ENDPOINT_URL: must be a URL such as https://s3.example.org, got '{endpoint}'") from error
+            endpoint = without_secrets(self._endpoint)
+            raise FederationError(
+                f"{self._variables}AWS_ENDPOINT_URL: must be a URL such as https://s3.example.org, got '{endpoint}'"
+            ) from error
         client.meta.events.register("needs-retry.s3", self._unless_whole)
         self._client = (os.getpid(), client)
         return client
+
+    @property
+    def _endpoint(self) -> str:
+        return next(filter(None, map(os.environ.get, self._named("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))), "")
+
+    def _named(self, *names: str) -> list[str]:
+        """Variables in the order in which they count: first those of this store alone."""
+        return [*([self._variables + name for name in names] if self._variables else []), *names]
+
+    def _credentials(self) -> dict[str, str]:
+        """Those of this store alone; none where boto3 is to look for them itself."""
+        if not self._variables or not os.environ.get(f"{self._variables}AWS_ACCESS_KEY_ID"):
+            return {}
+        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+        return {name.lower(): word for name in names if (word := os.environ.get(self._variables + name))}
 
     def _unless_whole(self, response: tuple[Any, Any] | None, operation: Any, attempts: int, **_: object) -> float | None:
         """Seconds to the next attempt, where an answer broke off within its headers: http.client takes it for whole, and its body for empty."""
@@ -264,7 +312,7 @@ class S3Store:
         if attempts >= self._attempts:
             from botocore.exceptions import ConnectionClosedError
 
-            raise ConnectionClosedError(endpoint_url=without_secrets(_endpoint()))
+            raise ConnectionClosedError(endpoint_url=without_secrets(self._endpoint))
         return 0.1
 
     def _explained(self, code: str, status: int, exception: str) -> SilotuneError:
@@ -286,7 +334,3 @@ def _answer(error: BaseException | None) -> tuple[str, int]:
     """Error code and HTTP status of an answer, ("", 0) if none came. Where it has no body (HEAD), the code is the status."""
     response = getattr(error, "response", None) or {}
     return str(response.get("Error", {}).get("Code", "")), int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""

@@ -147,7 +147,11 @@ def onboard(
     store_cidr: Annotated[list[str] | None, typer.Option(help="Addresses of the store, all that its Jobs can reach.")] = None,
     endpoint_url: Annotated[str, typer.Option(help="The store's URL; default: AWS.")] = "",
     own_cluster: Annotated[bool, typer.Option("--own-cluster", help="The silo has a cluster of its own.")] = False,
-    gpus: Annotated[int, typer.Option(min=0, help="GPUs that its Jobs may use together.")] = 0,
+    own_cidr: Annotated[
+        list[str] | None, typer.Option(help="Addresses of its own S3, where that is another one; may be given again.")
+    ] = None,
+    own_endpoint_url: Annotated[str, typer.Option(help="URL of the S3 that holds its own records; default: the store's.")] = "",
+    gpus: Annotated[int | None, typer.Option(min=0, help="GPUs that its Jobs may use together; default: those of one training.")] = None,
     priority_class: Annotated[list[str] | None, typer.Option(help="Priority class that its Jobs may name; may be given again.")] = None,
     launcher: Annotated[
         str | None, typer.Option(help="NAMESPACE/ACCOUNT of the coordinator's tasks in this cluster; default: silotune/silotune-launcher.")
@@ -158,6 +162,7 @@ def onboard(
 
     written = onboarding.write_silo(
         _load(file), silo, output, images=image or (), store_cidrs=store_cidr or (), endpoint=endpoint_url, own_cluster=own_cluster, gpus=gpus,
+        own_endpoint=own_endpoint_url, own_cidrs=own_cidr or (),
         priority_classes=priority_class or (), launcher=launcher or onboarding.ACCOUNT,
     )  # fmt: skip
     typer.echo(f"{len(written)} files in {output}; read {output / 'README.md'}, then: kubectl apply -k {output}")

@@ -15,7 +15,7 @@ import ipaddress
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,20 @@ from silotune.components.errors import FederationError
 from silotune.components.federation import Federation, Silo
 from silotune.components.federation_file import COORDINATOR, is_remote
 from silotune.pipelines.membership.bucket_policies import silo_policy
+from silotune.pipelines.membership.job_terms import MOUNT, Patch, admitted, not_admitted, put, room
 from silotune.pipelines.steward import policy_starter
 
 MANIFESTS = Path(__file__).parents[2] / "k8s"
 NAMESPACE = "silotune-silo"  # in k8s/base/silo
-MOUNT = "/silo"  # where a Job has the silo's volume
 IMAGE = r"[a-z0-9./:_-]+@sha256:[0-9a-f]{64}"  # as the admission policy asks for it
 ACCOUNT = "silotune/silotune-launcher"  # namespace and name of the coordinator's service account
 MARGIN = 1800  # seconds that a Job may have beyond the deadline: to be scheduled, pull its image, tell its end
 JOBSET = "system:serviceaccount:kubeflow-system:jobset-controller-manager"  # as Kubeflow Trainer's own manifests install it
 GPU_CLASS = "silotune-gpu"  # in k8s/components/gpu
-Patch = tuple[dict[str, str], list[dict[str, Any]]]  # target, JSON patch
 LONGEST = 86400  # seconds a Job may have where the federation has no deadline
+WIDEST = {4: 8, 6: 16}  # bits that a range of addresses has at least, by version of IP
+# A node itself, and where clouds hand out its credentials.
+NEVER = [ipaddress.ip_network(net) for net in ("127.0.0.0/8", "169.254.0.0/16", "::1/128", "fe80::/10", "fd00:ec2::/32")]
 
 
 def write_silo(
@@ -50,7 +52,9 @@ def write_silo(
     endpoint: str = "",
     launcher: str = ACCOUNT,
     own_cluster: bool = False,
-    gpus: int = 0,
+    own_endpoint: str = "",
+    own_cidrs: Sequence[str] = (),
+    gpus: int | None = None,
     storage: str = "50Gi",
     priority_classes: Sequence[str] = (),
     jobset: str = JOBSET,
@@ -65,21 +69,27 @@ def write_silo(
         endpoint: the store's URL; empty for AWS.
         launcher: ``namespace/name`` of the coordinator's service account in the silo's cluster.
         own_cluster: the coordinator has no account in the silo's cluster; one is made in the silo's namespace, and its token handed over.
-        gpus: how many the silo's Jobs may use together; above 0 adds the runtime class of ``k8s/components/gpu``.
+        own_endpoint: URL of the S3 that holds the silo's own buckets (records, ledger), where that is another one than the store.
+        own_cidrs: its address ranges.
+        gpus: how many the silo's Jobs may use together; default: those of one training. Above 0 adds the runtime class of ``k8s/components/gpu``.
         storage: size of the silo's volume, as Kubernetes writes it.
         priority_classes: that its Jobs may name, besides the one of its placement.
         jobset: account that JobSet's controller runs as in the silo's cluster; of use where ``placement.trainer`` is ``trainjob``.
 
-    How many nodes a training may have, and whether it is a TrainJob, follows from the silo's placement; a TrainJob's runtime is written with it.
+    What its Jobs may be otherwise follows from the silo's placement (`job_terms`): on which nodes they run, how many of these train together, how much
+    each has, further claims, and whether a training is a TrainJob, whose runtime is written with it.
 
     Raises:
         FederationError: no such silo; a file that cannot run on Kubernetes; an argument of the wrong form; the folder is not empty.
     """
     silo = federation.silo(silo_id)
     images = images or [silo.placement.image or ""]
+    gpus = silo.placement.gpus * silo.placement.nodes if gpus is None else gpus
     if silo.placement.priority_class:
         priority_classes = sorted({*priority_classes, silo.placement.priority_class})
-    problems = [*_unfit(federation, silo, images), *_malformed(images, store_cidrs, endpoint, launcher, storage, priority_classes, jobset)]
+    problems = [*_unfit(federation, silo, images), *_malformed(images, launcher, storage, priority_classes, jobset)]
+    problems += [*_unreachable("store address", store_cidrs, "endpoint", endpoint)]
+    problems += [*_unreachable("address of the silo's own S3", own_cidrs, "own endpoint", own_endpoint)]
     if problems:
         raise FederationError("\n".join([f"silo {silo_id} cannot be onboarded: {len(problems)} to correct", *(f"  {p}" for p in problems)]))
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -95,8 +105,9 @@ def write_silo(
     account = f"{namespace}/silotune-launcher" if own_cluster else launcher
     if own_cluster:
         (folder / "launcher.yaml").write_text(handout("launcher.yaml").format(namespace=namespace))
-    patches = _patches(federation, silo, images, store_cidrs, endpoint, account, gpus, storage)
-    patches += [*_classes(priority_classes), *_several(silo.placement.nodes)]
+    patches = _patches(federation, silo, images, account, storage)
+    patches += _ways(store_cidrs, endpoint, own_cidrs, own_endpoint)
+    patches += [*admitted(silo.placement, gpus, priority_classes), *room(silo.placement, gpus)]
     patches += _trainer(federation, silo, images[0], gpus, jobset) if by_trainer else []
     kustomization: dict[str, Any] = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -133,6 +144,7 @@ def _unfit(federation: Federation, silo: Silo, images: Sequence[str]) -> list[st
         problems.append(
             f"{where}.placement.image: must be one of the images that the silo admits, got {ours!r}; every Job would be refused"
         )
+    problems += [f"{where}.placement.{text}" for text in not_admitted(silo.placement)]
     for name in ("train", "valid", "test", "storage"):
         place = getattr(silo, name)
         if place is not None and not is_remote(place) and Path(MOUNT) not in (Path(place), *Path(place).parents):
@@ -142,9 +154,7 @@ def _unfit(federation: Federation, silo: Silo, images: Sequence[str]) -> list[st
     return problems
 
 
-def _malformed(
-    images: Sequence[str], cidrs: Sequence[str], endpoint: str, launcher: str, storage: str, classes: Sequence[str], jobset: str
-) -> list[str]:
+def _malformed(images: Sequence[str], launcher: str, storage: str, classes: Sequence[str], jobset: str) -> list[str]:
     problems = [
         f"image: must be registry/name@sha256:<64 hex digits>, got {i!r}; a tag can change its content"
         for i in images
@@ -152,14 +162,6 @@ def _malformed(
     ]
     if not all(images):
         problems.append("image: must name at least one, by digest, here or in the silo's placement.image; without any nothing may run")
-    for cidr in cidrs:
-        try:
-            if ipaddress.ip_network(cidr).prefixlen == 0:
-                problems.append(f"store address: must not be everywhere, got {cidr!r}; name the range of the store")
-        except ValueError as error:
-            problems.append(f"store address: must be a range such as 10.20.0.0/28, got {cidr!r}: {error}")
-    if not _is(r"(https?://[A-Za-z0-9.-]+(:\d+)?/?)?", endpoint):
-        problems.append(f"endpoint: must be http(s)://host[:port], got {endpoint!r}; empty is AWS")
     if not _is(r"[a-z0-9-]{1,63}/[a-z0-9.-]{1,253}", launcher):
         problems.append(f"launcher: must be namespace/service-account, got {launcher!r}; the usual one is {ACCOUNT}")
     for name in classes:
@@ -172,13 +174,24 @@ def _malformed(
     return problems
 
 
+def _unreachable(what: str, cidrs: Sequence[str], url: str, endpoint: str) -> Iterator[str]:
+    """What is wrong with where an S3 is."""
+    for cidr in cidrs:
+        try:
+            network = ipaddress.ip_network(cidr)
+        except ValueError as error:
+            yield f"{what}: must be a range such as 10.20.0.0/28, got {cidr!r}: {error}"
+            continue
+        if network.prefixlen < WIDEST[network.version]:
+            yield f"{what}: must not be everywhere, got {cidr!r}; name the range of the store"
+        elif any(network.version == never.version and network.overlaps(never) for never in NEVER):
+            yield f"{what}: must hold no address of the node itself or of its cloud's metadata, got {cidr!r}; name the range of the store"
+    if not _is(r"(https?://[A-Za-z0-9.-]+(:\d+)?/?)?", endpoint):
+        yield f"{url}: must be http(s)://host[:port], got {endpoint!r}; empty is AWS"
+
+
 def _is(pattern: str, text: str) -> bool:
     return re.fullmatch(pattern, text) is not None
-
-
-def put(path: str, value: Any) -> dict[str, Any]:
-    """An operation of a JSON patch; `add` also replaces what is there."""
-    return {"op": "add", "path": path, "value": value}
 
 
 def _seconds(federation: Federation) -> int:
@@ -186,17 +199,30 @@ def _seconds(federation: Federation) -> int:
     return int(federation.deadline_seconds) + MARGIN if federation.deadline_seconds else LONGEST
 
 
-def _patches(
-    federation: Federation, silo: Silo, images: Sequence[str], cidrs: Sequence[str], endpoint: str, account: str, gpus: int, storage: str
-) -> list[Patch]:
-    """All that differs from ``k8s/base/silo``."""
-    namespace = f"silotune-{silo.id}"
-    port = int(match[1]) if (match := re.search(r":(\d+)/?$", endpoint)) else 80 if endpoint.startswith("http://") else 443
-    subject_namespace, subject = account.split("/")
-    flow = [put("/spec/egress/0/ports/0/port", port)]
+def _ways(cidrs: Sequence[str], endpoint: str, own_cidrs: Sequence[str], own_endpoint: str) -> list[Patch]:
+    """To the store, and to the silo's own S3 where that is another one."""
+    flow = [put("/spec/egress/0/ports/0/port", _port(endpoint))]
     if cidrs:
         flow.append(put("/spec/egress/0/to", [{"ipBlock": {"cidr": cidr}} for cidr in cidrs]))
-    patches: list[Patch] = [
+    if own_cidrs:
+        ports = [{"protocol": "TCP", "port": _port(own_endpoint)}]
+        flow.append(put("/spec/egress/-", {"to": [{"ipBlock": {"cidr": cidr}} for cidr in own_cidrs], "ports": ports}))
+    where = [put("/data/AWS_ENDPOINT_URL", endpoint), *([put("/data/SILO_AWS_ENDPOINT_URL", own_endpoint)] if own_endpoint else [])]
+    return [
+        ({"kind": "ConfigMap", "name": "silotune-store"}, where),
+        ({"kind": "NetworkPolicy", "labelSelector": "silotune.dev/flow=store"}, flow),
+    ]
+
+
+def _port(endpoint: str) -> int:
+    return int(match[1]) if (match := re.search(r":(\d+)/?$", endpoint)) else 80 if endpoint.startswith("http://") else 443
+
+
+def _patches(federation: Federation, silo: Silo, images: Sequence[str], account: str, storage: str) -> list[Patch]:
+    """What else differs from ``k8s/base/silo``, whatever the placement."""
+    namespace = f"silotune-{silo.id}"
+    subject_namespace, subject = account.split("/")
+    return [
         ({"namespace": NAMESPACE}, [put("/metadata/namespace", namespace)]),
         ({"kind": "Namespace", "name": NAMESPACE}, [put("/metadata/name", namespace)]),
         (
@@ -207,8 +233,6 @@ def _patches(
                 *(put(f"/data/image-{i}", v) for i, v in enumerate(images, 1)),
             ],
         ),
-        ({"kind": "ConfigMap", "name": "silotune-store"}, [put("/data/AWS_ENDPOINT_URL", endpoint)]),
-        ({"kind": "NetworkPolicy", "labelSelector": "silotune.dev/flow=store"}, flow),
         ({"kind": "PersistentVolumeClaim"}, [put("/spec/resources/requests/storage", storage)]),
         (
             {"kind": "RoleBinding", "name": "silotune-launcher"},
@@ -216,10 +240,6 @@ def _patches(
         ),
         *_admission("silotune-jobs", silo.id),
     ]
-    if gpus:
-        patches.append(({"kind": "ResourceQuota", "name": "silotune"}, [put("/spec/hard/requests.nvidia.com~1gpu", str(gpus))]))
-        patches.append(({"kind": "ConfigMap", "name": "silotune-job-terms"}, [put("/data/maxGpus", str(gpus))]))
-    return patches
 
 
 def _admission(policy: str, silo: str) -> list[Patch]:
@@ -236,28 +256,6 @@ def _admission(policy: str, silo: str) -> list[Patch]:
                 put("/spec/matchResources/namespaceSelector/matchLabels/kubernetes.io~1metadata.name", namespace),
             ],
         ),
-    ]
-
-
-def _classes(names: Sequence[str]) -> list[Patch]:
-    operations = [put(f"/data/priorityClass-{i}", name) for i, name in enumerate(names, 1)]
-    return [({"kind": "ConfigMap", "name": "silotune-job-terms"}, operations)] if operations else []
-
-
-def _several(nodes: int) -> list[Patch]:
-    """Room for the pods of a training on several nodes, and a volume that all of them can mount."""
-    if nodes == 1:
-        return []
-    room = {
-        "pods": str(nodes + 2),
-        "requests.cpu": str(16 * nodes),
-        "requests.memory": f"{64 * nodes}Gi",
-        "limits.memory": f"{64 * nodes}Gi",
-    }
-    return [
-        ({"kind": "ConfigMap", "name": "silotune-job-terms"}, [put("/data/maxNodes", str(nodes))]),
-        ({"kind": "ResourceQuota", "name": "silotune"}, [put(f"/spec/hard/{what}", much) for what, much in room.items()]),
-        ({"kind": "PersistentVolumeClaim"}, [put("/spec/accessModes", ["ReadWriteMany"])]),
     ]
 
 
@@ -292,6 +290,20 @@ _Blocks.add_representer(
 )
 
 
+def _records(silo: Silo, secret: str) -> str:
+    """How the records get to where Jobs read them."""
+    if not is_remote(silo.train):
+        return (
+            f"Put the records in the volume (claim `silotune-silo`), where `federation.yaml` names them: `{silo.train}`. A pod that copies them must "
+            "meet the restricted Pod Security Standard; delete it afterwards."
+        )
+    return (
+        f"The records lie in `{silo.train}`. Where a user of their own reads them, its credentials are a Secret of its own, "
+        f"`{secret} silotune-own-s3 --from-file=AWS_ACCESS_KEY_ID --from-file=AWS_SECRET_ACCESS_KEY`; else `silotune-s3` is used. Their S3, where "
+        "it is another one than the store, is `SILO_AWS_ENDPOINT_URL` of `silotune-store`, and `jobs-to-store` must let Jobs reach it."
+    )
+
+
 def handout(name: str) -> str:
     return (MANIFESTS / "handout" / name).read_text(encoding="utf-8")
 
@@ -317,8 +329,7 @@ def _readme(
         f"The silo's private key, made by `silotune keys new {silo.id}` on the silo's side: `{secret} silotune-keys --from-file={silo.id}.pem`. "
         "Its public half must be the one above.",
         f"Only if the registry asks who pulls: a secret `silotune-registry` of type `kubernetes.io/dockerconfigjson` in `{namespace}`.",
-        f"Put the records in the volume (claim `silotune-silo`), where `federation.yaml` names them: `{silo.train}`. A pod that copies them must "
-        "meet the restricted Pod Security Standard; delete it afterwards.",
+        _records(silo, secret),
         "Read `federation.yaml`. It is the silo's own copy of the terms: paths may be changed, terms may not, and every change is applied "
         "with `kubectl apply -k .`.",
         f"Read `policy.yaml`, tighten it, and look at the result: `silotune review federation.yaml --policy policy.yaml --silo {silo.id}`. It is the "
@@ -334,6 +345,11 @@ def _readme(
     if not cidrs:
         todo.append(
             "Name the store's address range in `kustomization.yaml` (NetworkPolicy `jobs-to-store`): until then Jobs reach no store."
+        )
+    if not silo.placement.node_selector and not own_cluster:
+        todo.append(
+            "Where others have root on nodes of this cluster, pin Jobs to the silo's own: `node-1: LABEL=VALUE` in `silotune-job-terms`, the same in "
+            "`placement.node_selector` of the federation file, and a taint that keeps others away (`toleration-1: KEY`)."
         )
     if silo.placement.nodes > 1:
         todo.append(

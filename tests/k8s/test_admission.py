@@ -31,7 +31,7 @@ POLICY = next(o for o in yaml.safe_load_all((ROOT / "base/silo/admission.yaml").
 TERMS = {
     "data": {
         "silo": "north", "maxSeconds": "10800", "image-1": IMAGE, "image-2": IMAGE.replace("9f", "00"), "runtimeClass": "silotune-gpu",
-        "maxNodes": "4", "maxGpus": "8", "priorityClass-1": "research",
+        "maxNodes": "4", "maxGpus": "8", "priorityClass-1": "research", "queue": "research", "claim-1": "silotune-models /models read-only",
     }
 }  # fmt: skip
 JOBSET = "system:serviceaccount:kubeflow-system:jobset-controller-manager"
@@ -204,6 +204,8 @@ TRAINJOB_REFUSED: list[tuple[str, Callable[[Object], object]]] = [
     ("resources", trainer(resourcesPerNode={"requests": {"memory": "1Gi"}, "limits": {"memory": "1Gi"}, "claims": [{"name": "x"}]})),
     ("labels", lambda t: t["metadata"]["labels"].update({"kueue.x-k8s.io/queue-name": "x"})),
     ("labels", lambda t: t["metadata"]["annotations"].update({"vault.hashicorp.com/agent-inject": "true"})),
+    ("fields", lambda t: t["metadata"].update(finalizers=["example.com/never"])),
+    ("resources", trainer(resourcesPerNode={w: {"memory": "1Gi", "smarter-devices/fuse": "1"} for w in ("requests", "limits")})),
 ]
 
 
@@ -311,7 +313,21 @@ def template(**more: Any) -> Change:
     return lambda job: job["spec"]["template"]["metadata"].update(more)
 
 
+def change_volume(name: str, kind: str, **more: Any) -> Change:
+    return lambda job: next(v for v in pod(job)["volumes"] if v["name"] == name)[kind].update(more)
+
+
+def without_env(name: str) -> Change:
+    return lambda job: main(job).update(env=[e for e in main(job)["env"] if e["name"] != name])
+
+
+def devices(name: str) -> Change:
+    return lambda job: [main(job)["resources"][which].update({name: "1"}) for which in ("requests", "limits")]
+
+
 FILE = "/federation/federation.yaml"
+MODELS = {"persistentVolumeClaim": {"claimName": "silotune-models", "readOnly": True}}
+OWN = ("AWS_ENDPOINT_URL", "AWS_REGION", "SILO_AWS_ACCESS_KEY_ID", "SILO_AWS_SECRET_ACCESS_KEY", "SILO_AWS_ENDPOINT_URL", "SILO_AWS_REGION")
 REFUSED: list[tuple[str, Change]] = [
     ("args", args("train", FILE, "north", "round:1 attempt:1", "until:soon")),
     ("args", args("train", FILE, "north", "until:99999999999999")),
@@ -422,6 +438,59 @@ REFUSED: list[tuple[str, Change]] = [
     ("placement", in_pod(dnsPolicy="None", dnsConfig={"nameservers": ["192.0.2.1"]})),
     ("placement", in_pod(resourceClaims=[{"name": "x"}])),
     ("placement", in_pod(imagePullSecrets=[{"name": "silotune-keys"}])),
+    # A Job that cannot be deleted goes on whatever the silo does.
+    ("fields", lambda job: job["metadata"].update(finalizers=["example.com/never"])),
+    ("fields", template(finalizers=["example.com/never"])),
+    ("fields", in_pod(terminationGracePeriodSeconds=31_536_000)),
+    # A selector takes over pods that are nobody's, such as those of the silo's own people.
+    ("fields", job_spec(manualSelector=True, selector={"matchLabels": {"app.kubernetes.io/name": "silotune"}})),
+    ("fields", job_spec(managedBy="kueue.x-k8s.io/multikueue")),  # would be sent to another cluster
+    ("fields", job_spec(successPolicy={"rules": [{"succeededIndexes": "0"}]})),
+    ("fields", in_pod(activeDeadlineSeconds=1)),
+    ("fields", in_pod(resources={"limits": {"memory": "64Gi"}})),
+    ("fields", in_pod(hostUsers=True)),
+    ("fields", in_pod(topologySpreadConstraints=[{"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}])),
+    ("fields", in_main(restartPolicyRules=[{"action": "Restart", "exitCodes": {"operator": "NotIn", "values": [0]}}])),
+    # The silo's policy lies beside its terms: a volume that leaves it out, or a file over it, would be a silo without one.
+    ("volumes", change_volume("federation", "configMap", items=[{"key": "federation.yaml", "path": "federation.yaml"}])),
+    ("volumes", change_volume("federation", "configMap", optional=True)),
+    ("volumes", change_volume("keys", "secret", items=[{"key": "south.pem", "path": "north.pem"}])),
+    ("volumes", volume("models", persistentVolumeClaim={"claimName": "hospital-archive"})),
+    ("messages", in_main(terminationMessagePath="/federation/policy.yaml")),
+    ("messages", in_main(terminationMessagePath="/silo/north/ledger/north/000001.json")),
+    ("mounts", mount(name="silo", mountPath="/silo", mountPropagation="HostToContainer")),
+    ("mounts", lambda job: (volume("models", **MODELS)(job), mount(name="models", mountPath="/models")(job))),  # to be read only
+    ("mounts", lambda job: (volume("models", **MODELS)(job), mount(name="models", mountPath="/keys", readOnly=True)(job))),
+    # Without its own addresses, a silo's records and ledger would be looked for where the coordinator writes.
+    *[("env", without_env(name)) for name in OWN],
+    ("env", env("SILO_AWS_ENDPOINT_URL", value="https://elsewhere.example")),
+    ("env", env("SILO_AWS_ACCESS_KEY_ID", valueFrom=secret("silotune-s3", "AWS_ACCESS_KEY_ID"))),
+    ("env", env("SILO_AWS_ACCESS_KEY_ID", valueFrom=secret("silotune-own-s3", "AWS_SECRET_ACCESS_KEY"))),
+    ("env", env("NODE", valueFrom={"fieldRef": {"fieldPath": "spec.nodeName"}})),
+    ("env", env("OMP_NUM_THREADS", valueFrom={"resourceFieldRef": {"resource": "limits.cpu"}})),
+    ("env", env("PET_NODE_RANK", valueFrom={"fieldRef": {"fieldPath": "metadata.name"}})),
+    ("once", job_spec(podFailurePolicy={"rules": [{"action": "Ignore", "onExitCodes": {"operator": "NotIn", "values": [0]}}]})),
+    ("once", job_spec(podFailurePolicy={"rules": [{"action": "Count", "onPodConditions": [{"type": "Ready", "status": "False"}]}]})),
+    ("once", job_spec(parallelism=0)),
+    ("pod-security", pod_context(runAsUser=10000)),  # what it leaves in the volume no later Job could read
+    ("pod-security", pod_context(runAsGroup=0)),
+    ("pod-security", pod_context(fsGroup=2000)),
+    ("pod-security", pod_context(supplementalGroups=[0])),
+    ("pod-security", pod_context(seLinuxOptions={"level": "s0:c1,c2"})),
+    ("pod-security", pod_context(sysctls=[{"name": "net.ipv4.ping_group_range", "value": "0 2147483647"}])),
+    ("container-security", main_context(seLinuxOptions={"level": "s0:c1,c2"})),
+    ("container-security", main_context(procMount="Unmasked")),
+    ("container-security", main_context(seccompProfile={"type": "RuntimeDefault"})),
+    ("resources", devices("smarter-devices/fuse")),
+    ("resources", devices("devices.kubevirt.io/kvm")),
+    # Whoever has root on a node can read what its pods read.
+    ("nodes", in_pod(nodeSelector={"kubernetes.io/hostname": "of-the-coordinator"})),
+    ("nodes", in_pod(tolerations=[{"operator": "Exists"}])),
+    ("nodes", in_pod(tolerations=[{"key": "of-the-coordinator", "operator": "Exists"}])),
+    ("nodes", in_pod(affinity={"nodeAffinity": {}})),
+    ("labels", lambda job: job["metadata"].update(annotations={"example.com/inject": "true"})),
+    ("labels", lambda job: job["metadata"]["labels"].update({"kueue.x-k8s.io/queue-name": "another"})),
+    ("labels", lambda job: job["metadata"]["labels"].update({"example.com/inject": "true"})),
     ("labels", template(annotations={"vault.hashicorp.com/agent-inject": "true"})),
     ("labels", template(labels={"azure.workload.identity/use": "true"})),
 ]
@@ -440,7 +509,7 @@ def test_every_rule_refuses_something() -> None:
 @pytest.mark.parametrize(
     ("terms", "rules"),
     [
-        ({}, {"image", "args", "deadline"}),
+        ({}, {"image", "args", "deadline", "nodes"}),
         ({"data": {"silo": "north", "maxSeconds": "10800"}}, {"image"}),
         ({"data": {"silo": "north", "maxSeconds": "soon", "image-1": IMAGE}}, {"deadline"}),
     ],
@@ -452,6 +521,43 @@ def test_terms_that_are_missing_admit_nothing(job: Object, terms: Object, rules:
 def test_a_runtime_class_is_refused_where_the_terms_name_none(job: Object) -> None:
     pod(job)["runtimeClassName"] = "silotune-gpu"
     assert refused(job, {"data": {k: v for k, v in TERMS["data"].items() if k != "runtimeClass"}}) == ["placement"]
+
+
+PINNED = {
+    "data": TERMS["data"] | {"node-1": "pool=silo", "node-2": "zone=a", "toleration-1": "gpu", "affinity": "any", "gpuType": "amd.com/gpu"}
+}
+
+
+def on_nodes(job: Object) -> None:
+    pod(job).update(
+        nodeSelector={"pool": "silo", "zone": "a"}, tolerations=[{"key": "gpu", "operator": "Exists"}], affinity={"nodeAffinity": {}}
+    )
+
+
+def test_jobs_run_on_the_nodes_that_the_silo_names_and_on_no_others(job: Object) -> None:
+    assert refused(job, PINNED) == ["nodes"]  # none is named
+    on_nodes(job)
+    assert refused(job, PINNED) == []
+    for wrong in ({"pool": "silo"}, {"pool": "silo", "zone": "b"}, {"pool": "silo", "zone": "a", "host": "x"}):
+        pod(job)["nodeSelector"] = wrong
+        assert refused(job, PINNED) == ["nodes"]
+
+
+def test_devices_are_of_the_kind_that_the_silo_names(job: Object) -> None:
+    on_nodes(job)
+    devices("amd.com/gpu")(job)
+    assert refused(job, PINNED) == []
+    devices("nvidia.com/gpu")(job)
+    assert refused(job, PINNED) == ["resources"]
+
+
+def test_another_claim_is_mounted_where_the_silo_says_and_a_queue_may_be_named(job: Object) -> None:
+    volume("models", **MODELS)(job)
+    mount(name="models", mountPath="/models", readOnly=True)(job)
+    job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = "research"
+    assert refused(job) == []
+    bare = {"data": {k: v for k, v in TERMS["data"].items() if k not in ("claim-1", "queue")}}
+    assert refused(job, bare) == ["volumes", "mounts", "labels"]
 
 
 def test_only_jobs_are_asked_about_and_only_when_created() -> None:

@@ -223,6 +223,8 @@ def test_what_the_silo_sets_for_its_network_reaches_its_pods_by_reference_only(f
     names = {
         "AWS_ENDPOINT_URL",
         "AWS_REGION",
+        "SILO_AWS_ENDPOINT_URL",
+        "SILO_AWS_REGION",
         "AWS_CA_BUNDLE",
         "SSL_CERT_FILE",
         "REQUESTS_CA_BUNDLE",

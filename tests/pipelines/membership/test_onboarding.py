@@ -15,6 +15,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from kubernetes.utils.quantity import parse_quantity
 
 from silotune.components.cluster import job_manifest, train_job
 from silotune.components.errors import FederationError
@@ -131,6 +132,100 @@ def test_its_policy_admits_the_launchers_job_and_not_anothers(onboard: Callable[
         assert admission.refusals(policy, terms, job) == refused
     job["spec"]["activeDeadlineSeconds"] = 1800 + onboarding.MARGIN + 1
     assert "deadline" in admission.refusals(policy, terms, job)
+
+
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "nodes": {
+        "node_selector": {"pool": "silo", "topology.kubernetes.io/zone": "a"}, "tolerations": [{"key": "silo", "effect": "NoSchedule"}],
+        "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}},
+    },
+    "devices": {"gpus": 2, "gpu_type": "amd.com/gpu", "runtime_class": "kata"},
+    "large": {"cpu": "64", "memory": "256Gi", "nodes": 2, "gpus": 8, "priority_class": "research"},
+    "claims": {"claims": [{"claim": "silotune-silo", "mount": "/silo"}, {"claim": "models", "mount": "/models", "read_only": True}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_what_the_launcher_makes_of_a_placement_is_admitted_by_the_folder_and_has_room(
+    onboard: Callable[..., Path], build: Any, tmp_path: Path, name: str
+) -> None:
+    objects = build(onboard(placement=PLACEMENTS[name]))
+    policy, terms = one(objects, "ValidatingAdmissionPolicy", "silotune-jobs-north"), one(objects, "ConfigMap", "silotune-job-terms")
+    hard, limits = (one(objects, kind, "silotune")["spec"] for kind in ("ResourceQuota", "LimitRange"))
+    federation = Federation.load(tmp_path / "f.yaml")
+    for box, turn in (("preprocess", ""), ("train", "round:1 attempt:1"), ("evaluate", "round:1 attempt:1")):
+        made = job_manifest.job_of(federation, "north", box, turn, 1_790_000_000)
+        assert admission.refusals(policy, terms, made) == []
+        asked, pods = made["spec"]["template"]["spec"]["containers"][0]["resources"], made["spec"]["parallelism"]
+        for what in ("cpu", "memory"):
+            need = parse_quantity(asked["requests"].get(what, "0"))
+            assert need <= parse_quantity(limits["limits"][0]["max"][what])
+            assert need * pods <= parse_quantity(hard["hard"][f"requests.{what}"])
+        for device, count in asked["limits"].items():
+            if "/" in device:
+                assert int(count) * pods <= int(hard["hard"][f"requests.{device}"])
+    kinds = ("node_selector", "tolerations", "affinity", "gpu_type", "runtime_class", "claims")
+    for field in (f for f in kinds if f in PLACEMENTS[name]):
+        bare = {"data": {k: v for k, v in terms["data"].items() if not k.startswith(TERMS[field])}}
+        assert admission.refusals(policy, bare, job_manifest.job_of(federation, "north", "train", "round:1 attempt:1")) != []
+
+
+TERMS = {
+    "node_selector": "node-", "tolerations": "toleration-", "affinity": "affinity", "gpu_type": "gpuType", "runtime_class": "runtimeClass",
+    "claims": "claim-",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("placement", "problem"),
+    [
+        ({"service_account": "trainer"}, "service_account: must be silotune-silo"),
+        ({"config_map": "terms"}, "config_map: must be silotune-federation"),
+        ({"secrets": [{"name": "mine", "mount": "/keys"}]}, "secrets: must be silotune-keys and silotune-s3"),
+        ({"claims": [{"claim": "archive", "mount": "/archive"}]}, "claims: must have silotune-silo at /silo"),
+        ({"claims": [{"claim": "silotune-silo", "mount": "/silo"}, {"claim": "x", "mount": "/usr/lib"}]}, "claims: must be mounted where"),
+    ],
+)
+def test_a_placement_whose_jobs_no_silo_would_admit_is_refused(
+    onboard: Callable[..., Path], tmp_path: Path, placement: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(FederationError, match=re.escape(f"silos[0].placement.{problem}")):
+        onboard(placement=placement)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_the_jobs_of_the_examples_are_admitted_by_their_silos(build: Any) -> None:
+    for overlay in ("kind", "example-production"):
+        folder = onboarding.MANIFESTS / "overlays" / overlay
+        federation = Federation.load(folder / "federation.yaml")
+        for silo in (s for s in federation.silo_ids if (folder / f"silo-{s}").exists()):
+            objects = build(folder / f"silo-{silo}")
+            (policy,) = (o for o in objects if o["kind"] == "ValidatingAdmissionPolicy")
+            made = job_manifest.job_of(federation, silo, "train", "round:1 attempt:1", 1_790_000_000)
+            assert admission.refusals(policy, one(objects, "ConfigMap", "silotune-job-terms"), made) == []
+
+
+def test_records_in_an_s3_of_the_silos_own_are_reached_with_a_secret_of_their_own(
+    load: Callable[..., Federation], build: Any, tmp_path: Path
+) -> None:
+    federation = load("train: /silo/north/train.jsonl ", "train: s3://north-records/train.jsonl ")
+    folder = tmp_path / "n"
+    onboarding.write_silo(
+        federation, "north", folder, images=[IMAGE], store_cidrs=["10.20.0.0/28"], endpoint="https://s3.example",
+        own_endpoint="http://minio.north.example:9000", own_cidrs=["10.30.0.0/28"],
+    )  # fmt: skip
+    objects = build(folder)
+    network, pod = reach.Network(objects), reach.End("silotune-north", {"app.kubernetes.io/component": "silo-job"})
+    reached = {
+        (a, p)
+        for a in ("10.20.0.3", "10.30.0.3", "169.254.169.254")
+        for p in (80, 443, 9000)
+        if network.reaches(pod, reach.End(address=a), p)
+    }
+    assert reached == {("10.20.0.3", 443), ("10.30.0.3", 9000)}
+    store = one(objects, "ConfigMap", "silotune-store")["data"]
+    assert store == {"AWS_ENDPOINT_URL": "https://s3.example", "SILO_AWS_ENDPOINT_URL": "http://minio.north.example:9000"}
+    assert "silotune-own-s3 --from-file=AWS_ACCESS_KEY_ID" in (folder / "README.md").read_text()
 
 
 def one(objects: list[Any], kind: str, name: str) -> Any:
@@ -278,6 +373,11 @@ def test_what_is_left_to_do_is_told(onboard: Callable[..., Path], load: Callable
         ({"images": []}, "image: must name at least one"),
         ({"images": ["registry.example/silotune-silo:1.0"]}, "a tag can change its content"),
         ({"store_cidrs": ["0.0.0.0/0"]}, "must not be everywhere"),
+        ({"store_cidrs": ["128.0.0.0/1"]}, "must not be everywhere"),
+        ({"store_cidrs": ["::/1"]}, "must not be everywhere"),
+        ({"store_cidrs": ["169.254.169.0/24"]}, "or of its cloud's metadata"),
+        ({"own_cidrs": ["fd00:ec2::/64"]}, "address of the silo's own S3: must hold no address of the node"),
+        ({"own_endpoint": "minio:9000"}, "own endpoint: must be http"),
         ({"store_cidrs": ["store.example"]}, "must be a range"),
         ({"endpoint": "store.example"}, "endpoint: must be http"),
         ({"launcher": "silotune-launcher"}, "launcher: must be namespace/service-account"),
