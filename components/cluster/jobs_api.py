@@ -196,6 +196,7 @@ def connect(silo: Silo, kubeconfig: Path | None = None) -> Any:
     settings.retries = False  # how to try again is for the launcher to say
     try:
         if path:
+            _require_words_only(silo, path)
             config.load_kube_config(str(path), client_configuration=settings, persist_config=False)
         else:
             config.load_incluster_config(settings)
@@ -203,6 +204,33 @@ def connect(silo: Silo, kubeconfig: Path | None = None) -> Any:
         what = f"{path}: is no usable kubeconfig" if path else "this is no pod with an account's token"
         raise FederationError(f"silo {silo.id!r}: {what}: {type(error).__name__}; correct it", "no kubeconfig") from None
     return client.ApiClient(settings)
+
+
+PLAIN = {
+    "clusters": ("cluster", {"server", "certificate-authority-data", "tls-server-name", "proxy-url", "disable-compression"}),
+    "users": ("user", {"token", "client-certificate-data", "client-key-data"}),
+}
+
+
+def _require_words_only(silo: Silo, path: Path) -> None:
+    """A kubeconfig is the silo's word, and is read where the coordinator's credentials are: a program that it names would run here, and a file
+    that it names, such as this pod's own token, would be sent to the silo's server.
+
+    Raises:
+        FederationError: it names one, or lets the server go unchecked.
+    """
+    import yaml
+
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for kind, (section, known) in PLAIN.items():
+        for entry in raw[kind]:
+            if odd := sorted(set(entry[section]) - known):
+                allowed = ", ".join(sorted(known))
+                raise FederationError(
+                    f"silo {silo.id!r}: {path}: a {section} must hold nothing but {allowed}, got {', '.join(odd)}; ask for a kubeconfig with a token "
+                    "and the authority's certificate in it",
+                    "no kubeconfig",
+                )
 
 
 def _problem(code: int, body: bytes | str | None, of_trainer: bool) -> Exception:

@@ -565,6 +565,30 @@ def test_an_unknown_token_is_tried_again_until_patience_ends(cluster: Cluster, l
     assert launch(speed=2000) == "north failed: not authenticated"
 
 
+@pytest.mark.parametrize(
+    ("section", "odd"),
+    [
+        ("user", {"exec": {"apiVersion": "client.authentication.k8s.io/v1", "command": "touch", "args": ["RAN"]}}),
+        ("user", {"auth-provider": {"name": "gcp", "config": {"cmd-path": "touch", "cmd-args": "RAN"}}}),
+        ("user", {"tokenFile": "/var/run/secrets/kubernetes.io/serviceaccount/token"}),
+        ("user", {"client-key": "/keys/coordinator.pem"}),
+        ("cluster", {"certificate-authority": "/etc/hostname"}),
+        ("cluster", {"insecure-skip-tls-verify": True}),
+    ],
+)
+def test_a_silos_kubeconfig_runs_nothing_here_and_sends_no_file_of_the_coordinators(
+    cluster: Cluster, federation: Federation, tmp_path: Path, section: str, odd: dict[str, Any]
+) -> None:
+    path = cluster.kubeconfig(tmp_path / "kubeconfig", "jobs only")
+    whole = json.loads(path.read_text().replace("RAN", str(tmp_path / "ran")))
+    changed = json.loads(json.dumps(odd).replace("RAN", str(tmp_path / "ran")))
+    whole["users" if section == "user" else "clusters"][0][section] |= changed
+    path.write_text(json.dumps(whole))
+    assert cluster_job.run(federation, "north", "evaluate", TURN, kubeconfig=path, clock=fast(10), watch=1) == "north failed: no kubeconfig"
+    assert not (tmp_path / "ran").exists()
+    assert cluster.requests == []
+
+
 def test_a_renewed_kubeconfig_is_taken_up(cluster: Cluster, federation: Federation, tmp_path: Path) -> None:
     path = cluster.kubeconfig(tmp_path / "kubeconfig", "old")
     cluster.rights["old"] = cluster.rights["jobs only"]
