@@ -111,6 +111,11 @@ class Storage(Section):
 
     retention: Retention = Field(default_factory=Retention, description="How long update files are kept.")
     root: str = Field(STORE_ROOT, description="A folder, or `s3://bucket/prefix` (endpoint: AWS_ENDPOINT_URL).")
+    kms_key: str | None = Field(
+        None,
+        min_length=1,
+        description="Key of KMS that the bucket is told to encrypt every object with (SSE-KMS); default: as it is set up.",
+    )
 
 
 class Tracking(Section):

@@ -59,7 +59,7 @@ class RoundRecords:
     @classmethod
     def of(cls, federation: Federation) -> Self:
         keyring = Keyring(federation) if federation.security.signing else None
-        return cls(open_store(federation.storage.root), federation.name, keyring)
+        return cls(open_store(federation.storage.root, kms_key=federation.storage.kms_key), federation.name, keyring)
 
     # Keys
 

@@ -23,6 +23,7 @@ from silotune.components.federation_file import COORDINATOR, is_remote
 from silotune.components.process.progress import RUN_VARIABLE
 from silotune.components.steward.policy import VARIABLE as POLICY_VARIABLE
 from silotune.components.steward.policy import Policy
+from silotune.components.store.object_store import OWN
 
 PARTY_VARIABLE = "SILOTUNE_PARTY"  # in a container: the silo's id, or coordinator
 HOME = "/tmp"  # noqa: S108 (in the container: memory, gone with it)
@@ -112,7 +113,7 @@ def plan(federation: Federation, party: str, run_folder: Path) -> ContainerPlan:
         environment[keys.FOLDER_VARIABLE] = os.path.abspath(folder)
     s3 = any(is_remote(place) for place in remote)
     if s3:
-        environment |= _set(name for name in os.environ if name.startswith("AWS_"))
+        environment |= _set(name for name in os.environ if name.startswith(("AWS_",) if party == COORDINATOR else ("AWS_", f"{OWN}AWS_")))
         files = {name: Path(os.environ.get(name) or default).expanduser().absolute() for name, default in AWS_FILES.items()}
         found = {name: file for name, file in files.items() if file.is_file()}
         environment |= {name: str(file) for name, file in found.items()}

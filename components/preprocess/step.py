@@ -127,7 +127,7 @@ def _local(location: str, folder: Path) -> Path:
     if not is_remote(location):
         return Path(location)
     bucket, _, key = location.removeprefix("s3://").partition("/")
-    store = open_store(f"s3://{bucket}")
+    store = open_store(f"s3://{bucket}", own=True)
     target = folder / hashlib.sha256(location.encode()).hexdigest()[:16] / key.rsplit("/", 1)[-1]
     if store.size(key) is not None:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ class Ledger:
         location = (policy.ledger.at if policy else None) or storage
         dataset = policy.dataset if policy else silo_id
         copies = None if Path(location) == Path(storage) else Path(storage) / COPIES
-        return cls(open_store(location), dataset, lambda message: keys.sign_as(federation, silo_id, message), trusted, copies)
+        return cls(open_store(location, own=True), dataset, lambda message: keys.sign_as(federation, silo_id, message), trusted, copies)
 
     def beside(self, dataset: str) -> Ledger:
         """That of another data set in the same place."""

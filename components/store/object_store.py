@@ -100,6 +100,8 @@ def open_store(location: str, *, own: bool = False, kms_key: str | None = None) 
 
         return S3Store(bucket, prefix, names=OWN if own else "", kms_key=kms_key)
     if os.path.isabs(location):
+        if kms_key:
+            raise FederationError(f"storage.kms_key: needs an s3:// store, whose server encrypts, got '{location}'; remove it")
         from silotune.components.store.directory_store import DirectoryStore
 
         return DirectoryStore(Path(location))

@@ -38,6 +38,9 @@ MEANING: list[tuple[str, type[SilotuneError], str]] = [
      "the bucket lies in another region; set AWS_DEFAULT_REGION to it"),
     ("NoCredentialsError PartialCredentialsError CredentialRetrievalError TokenRetrievalError SSOTokenLoadError UnauthorizedSSOTokenError",
      UnreachableError, f"no credentials were found; set {CREDENTIALS}"),
+    ("KMS.AccessDenied KMS.DisabledException KMS.NotFoundException KMS.InvalidStateException KMS.KMSInvalidStateException KMS.KeyUnavailableException",
+     UnreachableError, "the key of KMS cannot be used; it must be enabled, and this account have kms:GenerateDataKey and kms:Decrypt on it "
+     "(`silotune policies --kms-key`)"),
     ("ExpiredToken InvalidAccessKeyId InvalidToken 401 403", UnreachableError,
      f"the store refuses these credentials; check {CREDENTIALS}, and that they may get, put, list and delete objects there"),
     ("NotImplemented 501", FederationError, "the store must support PUT with If-None-Match: *, and does not; use one that does"),
@@ -291,9 +294,9 @@ class S3Store:
     def _endpoint(self) -> str:
         return next(filter(None, map(os.environ.get, self._named("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"))), "")
 
-    def _named(self, *names: str) -> list[str]:
+    def _named(self, *names: str) -> tuple[str, ...]:
         """Variables in the order in which they count: first those of this store alone."""
-        return [*([self._variables + name for name in names] if self._variables else []), *names]
+        return (*(self._variables + name for name in names), *names)
 
     def _credentials(self) -> dict[str, str]:
         """Those of this store alone; none where boto3 is to look for them itself."""
@@ -333,4 +336,6 @@ def _md5(data: bytes) -> str:
 def _answer(error: BaseException | None) -> tuple[str, int]:
     """Error code and HTTP status of an answer, ("", 0) if none came. Where it has no body (HEAD), the code is the status."""
     response = getattr(error, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", "")), int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    told = response.get("Error", {})
+    denied = told.get("Code") == "AccessDenied" and "kms:" in str(told.get("Message"))  # of S3's AccessDenied only the text says by whom
+    return "KMS.AccessDenied" if denied else str(told.get("Code", "")), int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

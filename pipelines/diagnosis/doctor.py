@@ -257,8 +257,33 @@ def clock(federation: Federation) -> Iterator[Finding]:
 
 
 def encryption(federation: Federation) -> Iterator[Finding]:
+    """What a probe object is encrypted with, which is written as everything is, read again and deleted; with a key of KMS that tries the key."""
+    from silotune.components.rounds import Rounds
+    from silotune.components.store.s3_store import S3Store
+
     if not (bucket := _bucket(federation)):
         return
+    store, wanted = Rounds.of(federation).store, federation.storage.kms_key
+    assert isinstance(store, S3Store)
+    algorithm, key = store.encryption()
+    if wanted and not algorithm.startswith("aws:kms"):
+        what = f"storage.kms_key is {wanted}, and the store has encrypted a probe object with {algorithm or 'nothing that it tells of'}"
+        yield fail("encryption", what, "use a store with SSE-KMS, or remove storage.kms_key")
+    elif wanted and "alias/" not in wanted and key.rpartition("/")[2] != wanted.rpartition("/")[2]:
+        what = f"storage.kms_key is {wanted}, and the store has encrypted a probe object with {key}"
+        yield fail("encryption", what, "bring the two together")
+    elif algorithm.startswith("aws:kms"):
+        rights = "every party's role needs kms:GenerateDataKey and kms:Decrypt on it (`silotune policies --kms-key`)"
+        with_key = key or "the account's default key"
+        yield ok("encryption", f"a probe object in bucket {bucket} was encrypted by {with_key} ({algorithm}), and read again; {rights}")
+    elif algorithm:
+        yield ok("encryption", f"a probe object in bucket {bucket} was encrypted by the store ({algorithm})")
+    else:
+        yield from _bucket_encryption(bucket)
+
+
+def _bucket_encryption(bucket: str) -> Iterator[Finding]:
+    """What the bucket itself says, where the store does not tell how an object is encrypted."""
     answer = _ask_s3("get_bucket_encryption", Bucket=bucket)
     if answer["code"] in ("AccessDenied", "403"):
         yield warn("encryption", f"of bucket {bucket} cannot be seen", "grant s3:GetEncryptionConfiguration")
@@ -267,15 +292,7 @@ def encryption(federation: Federation) -> Iterator[Finding]:
     default: dict[str, str] = next(
         (r["ApplyServerSideEncryptionByDefault"] for r in rules if "ApplyServerSideEncryptionByDefault" in r), {}
     )
-    if default.get("SSEAlgorithm", "").startswith("aws:kms"):
-        key = default.get("KMSMasterKeyID", "the account's default key")
-        rights = "kms:GenerateDataKey and kms:Decrypt"
-        yield warn(
-            "encryption",
-            f"bucket {bucket} uses SSE-KMS with {key}",
-            f"every party's role needs {rights} on it: `silotune policies --kms-key`",
-        )
-    elif default:
+    if default:
         yield ok("encryption", f"bucket {bucket} is encrypted by the store ({default['SSEAlgorithm']})")
     else:
         yield warn("encryption", f"bucket {bucket} names no encryption at rest", "turn it on, unless the store encrypts by other means")

@@ -35,7 +35,7 @@ def silo_policy(federation: Federation, silo_id: str, *, tls_only: bool = False,
 
     Args:
         tls_only: also refuse requests that are not encrypted; wrong for an endpoint of plain ``http``.
-        kms_key: ARN of the key that the store's bucket encrypts with (SSE-KMS), whose use is then granted, too.
+        kms_key: ARN of the key that the store's bucket encrypts with (SSE-KMS), whose use is then granted, too; default: storage.kms_key.
 
     Raises:
         FederationError: no such silo; the store is no bucket; the base model lies in it; the key is no ARN of one.
@@ -69,7 +69,7 @@ def silo_policy(federation: Federation, silo_id: str, *, tls_only: bool = False,
         place.statement("AbortOwnUploads", "s3:AbortMultipartUpload", files),
         place.listing(given + own),
         *_base(federation),
-        *_key(kms_key),
+        *_key(federation, kms_key),
         *place.denials(tls_only),
     )
 
@@ -106,7 +106,7 @@ def coordinator_policy(federation: Federation, *, tls_only: bool = False, kms_ke
         place.statement("EraseTensorFiles", "s3:DeleteObject", ["contributions/*", "objects/*", "partials/*"], probe=True),
         place.listing(["*"], probe=True),
         *_base(federation),
-        *_key(kms_key),
+        *_key(federation, kms_key),
         *place.denials(tls_only),
     )
 
@@ -145,8 +145,9 @@ def _base(federation: Federation) -> list[Policy]:
     return [{"Sid": "ReadBaseModel", "Effect": "Allow", "Action": "s3:GetObject", "Resource": [f"{arn}/{inside}"]}, listing]
 
 
-def _key(arn: str) -> list[Policy]:
+def _key(federation: Federation, arn: str) -> list[Policy]:
     """To have the store encrypt and decrypt with a key of KMS; parts of a multipart upload are read again, so that writing needs both."""
+    arn = arn or federation.storage.kms_key or ""
     if not arn:
         return []
     if not re.fullmatch(r"arn:aws[a-z-]*:kms:[a-z0-9-]+:\d{12}:key/[A-Za-z0-9-]+", arn):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from silotune.components import best_global
+from silotune.components import best_global, keys
 from silotune.components.aggregate import step as aggregate
 from silotune.components.errors import FederationError, QuorumError, RefusedError, UnreachableError
 from silotune.components.evaluate import step as evaluate
@@ -24,6 +24,8 @@ from silotune.components.preprocess import step as preprocess
 from silotune.components.protocol import Turn
 from silotune.components.rounds import Rounds
 from silotune.components.silo_job import silo_home
+from silotune.components.steward.ledger import Ledger
+from silotune.components.steward.policy import Policy
 from silotune.components.train import step as train
 from silotune.pipelines.simulate import Simulation
 
@@ -413,3 +415,24 @@ def test_one_federation_over_s3(make_federation: Any, s3: Any) -> None:
     assert [r.global_digest for r in remote.run()] == [r.global_digest for r in local.run()]
     assert str(remote.export()).startswith("s3://")
     assert json.loads(s3.get("tiny/rounds/00001/commit.json"))["outcome"] == "aggregated"
+
+
+def test_a_silos_records_and_ledger_lie_in_an_s3_of_its_own(make_federation: Any, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is elsewhere, and what it is reached with would not open the silo's bucket."""
+    file = make_federation()
+    raw, own = yaml.safe_load(file.read_text()), f"s3://{s3._bucket}/{s3._prefix.rstrip('/')}"
+    for split in ("train", "valid", "test"):
+        s3.put_file(f"{split}.jsonl", Path(raw["silos"][1][split]))
+        raw["silos"][1][split] = f"{own}/{split}.jsonl"
+    file.write_text(yaml.safe_dump(raw))
+    for name in ("ENDPOINT_URL", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(f"SILO_AWS_{name}", os.environ[f"AWS_{name}"])
+        monkeypatch.setenv(f"AWS_{name}", "http://127.0.0.1:9" if name == "ENDPOINT_URL" else "of-the-store")
+    federation = Federation.load(file)
+    keys.ensure(federation)
+    assert preprocess.work(str(file), "north").startswith("north ok: base:")
+    policy = Policy.model_validate({"dataset": "north", "ledger": {"at": own}})
+    assert Ledger.of(federation, "north", policy).entries() == []
+    monkeypatch.delenv("SILO_AWS_ENDPOINT_URL")
+    with pytest.raises(UnreachableError):
+        Ledger.of(federation, "north", policy).entries()

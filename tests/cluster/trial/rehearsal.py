@@ -198,7 +198,10 @@ class Rehearsed(Kube):
 
         for name, encoded in self.made["Secret", at, "silotune-keys"]["data"].items():
             (place / "keys" / name).write_bytes(base64.b64decode(encoded))
-        credentials = {e["name"]: self._referred(at, e["valueFrom"]) for e in container["env"] if "secretKeyRef" in e.get("valueFrom", {})}
+        referred = {e["name"]: e["valueFrom"] for e in container["env"] if "secretKeyRef" in e.get("valueFrom", {})}
+        missing = {n for n, source in referred.items() if ("Secret", at, source["secretKeyRef"]["name"]) not in self.made}
+        assert all(referred[n]["secretKeyRef"].get("optional") for n in missing), f"a kubelet would wait without end for {missing}"
+        credentials = {n: self._referred(at, source) for n, source in referred.items() if n not in missing}
         environment = os.environ | credentials | {"SILOTUNE_KEYS": str(place / "keys"), "OMP_NUM_THREADS": "1"}
         words = [w.replace("/federation/federation.yaml", str(place / "federation.yaml")) for w in container["args"]]
         process = subprocess.Popen(

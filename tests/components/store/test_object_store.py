@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -654,6 +655,59 @@ def test_refusals_name_the_cure_and_no_secret(
         with pytest.raises(error, match=f"store 's3://bucket/p' at http://127.*{meaning}.*{code}, HTTP {status}") as raised:
             use()
         assert SECRET not in str(raised.value)
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "KMS.DisabledException", "KMS.NotFoundException"])
+def test_a_key_of_kms_that_cannot_be_used_is_told_as_such(scripted: Callable[[Script], S3Store], code: str) -> None:
+    said = f"<Error><Code>{code}</Code><Message>User x is not authorized to perform: kms:GenerateDataKey on {SECRET}</Message></Error>"
+    store = scripted(lambda *_: (403 if code == "AccessDenied" else 400, said.encode()))
+    with pytest.raises(
+        UnreachableError, match=r"key of KMS cannot be used.*kms:GenerateDataKey and kms:Decrypt.*policies --kms-key"
+    ) as raised:
+        store.create("a", b"")
+    assert SECRET not in str(raised.value)
+
+
+def test_everything_that_is_written_is_encrypted_with_the_key_that_is_named(s3: S3Store, moto_client: Any, tmp_path: Path) -> None:
+    store = S3Store(BUCKET, "with-key", kms_key="arn:key")
+    (tmp_path / "small").write_bytes(b"1")
+    (tmp_path / "big").write_bytes(bytes(PART + 1))
+    store.create("record", b"1")
+    for name in ("small", "big"):
+        store.put_file(name, tmp_path / name)
+    for key in ("record", "small", "big"):
+        told = moto_client.head_object(Bucket=BUCKET, Key=f"with-key/{key}")
+        assert (told["ServerSideEncryption"], told["SSEKMSKeyId"]) == ("aws:kms", "arn:key")
+    assert store.encryption() == ("aws:kms", "arn:key")
+    assert list(store.list("")) == ["big", "record", "small"]
+    with pytest.raises(FederationError, match=r"storage\.kms_key: needs an s3:// store"):
+        open_store(str(tmp_path), kms_key="arn:key")
+
+
+def test_a_silos_own_buckets_have_an_account_and_a_server_of_their_own(
+    scripted: Callable[[Script], S3Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signed by the silo's own key, and sent to its own server; the store's own requests are as before."""
+    asked: list[str] = []
+
+    def answer(handler: Any, *_: Any) -> tuple[int, bytes]:
+        asked.append(re.search(r"Credential=(\w+)/\d+/([\w-]+)/", handler.headers["Authorization"]).expand(r"\1 \2"))  # type: ignore[union-attr]
+        return 200, b"x"
+
+    scripted(answer)
+    ours = os.environ["AWS_ENDPOINT_URL"]
+    open_store("s3://bucket", own=True).get("a")  # nothing said: as the store
+    for name, value in (("ENDPOINT_URL", ours), ("ACCESS_KEY_ID", "NORTH"), ("SECRET_ACCESS_KEY", "s"), ("REGION", "eu-north-1")):
+        monkeypatch.setenv(f"SILO_AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    open_store("s3://bucket", own=True).get("a")
+    assert [a.partition(" ")[0] != "NORTH" for a in asked] == [True, False]
+    assert asked[1] == "NORTH eu-north-1"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", ours)
+    open_store("s3://bucket").get("a")
+    assert asked[2].endswith("us-east-1")
+    assert "NORTH" not in asked[2]
 
 
 def test_a_refused_part_of_a_file_names_the_cure_too(scripted: Callable[[Script], S3Store], tmp_path: Path) -> None:

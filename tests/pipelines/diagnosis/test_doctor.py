@@ -22,6 +22,8 @@ from rich.console import Console
 
 from silotune.components import keys
 from silotune.components.federation import Federation
+from silotune.components.rounds import Rounds
+from silotune.components.store.s3_store import S3Store
 from silotune.pipelines.diagnosis import doctor, kubernetes_view
 from silotune.pipelines.diagnosis.doctor import Finding
 
@@ -497,7 +499,38 @@ def test_sse_kms_is_told_with_the_rights_that_it_takes(make: Callable[..., Feder
     rule = {"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": "arn:key"}}
     surroundings.put_bucket_encryption(Bucket="store", ServerSideEncryptionConfiguration={"Rules": [rule]})
     (found,) = doctor.encryption(make())
-    assert (found.level, "arn:key" in found.what, "kms:Decrypt" in found.cure) == ("warn", True, True)
+    assert (found.level, "arn:key" in found.what, "kms:Decrypt" in found.what) == ("ok", True, True)
+    assert "Contents" not in surroundings.list_objects_v2(Bucket="store"), "the probe is gone"
+
+
+KEY = "arn:aws:kms:eu-central-1:111122223333:key/0a1b"
+
+
+def test_the_key_that_the_file_names_is_tried_by_writing_as_everything_is_written(
+    make: Callable[..., Federation], surroundings: Any
+) -> None:
+    named = make(("s3://store/federations", f's3://store/federations, kms_key: "{KEY}"'))
+    (found,) = doctor.encryption(named)
+    assert (found.level, KEY in found.what) == ("ok", True)
+    store = Rounds.of(named).store
+    store.create("ward/a", b"1")
+    assert surroundings.head_object(Bucket="store", Key="federations/ward/a")["SSEKMSKeyId"] == KEY
+
+
+@pytest.mark.parametrize(
+    ("told", "level", "what"),
+    [
+        (("", ""), "fail", "nothing that it tells of"),
+        (("AES256", ""), "fail", "AES256"),
+        (("aws:kms", "arn:aws:kms:x:1:key/other"), "fail", "key/other"),
+    ],
+)
+def test_a_store_that_encrypts_otherwise_than_the_file_says_fails(
+    make: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch, told: tuple[str, str], level: str, what: str
+) -> None:
+    monkeypatch.setattr(S3Store, "encryption", lambda self: told)
+    (found,) = doctor.encryption(make(("s3://store/federations", f's3://store/federations, kms_key: "{KEY}"')))
+    assert (found.level, what in found.what) == (level, True)
 
 
 def test_a_base_without_weights_fails_and_one_on_the_hub_is_asked_for(
