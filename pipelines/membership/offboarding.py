@@ -13,7 +13,7 @@ import yaml
 
 from silotune.components.errors import FederationError
 from silotune.components.federation import Federation
-from silotune.pipelines.membership.onboarding import handout
+from silotune.pipelines.membership.silo_readme import handout
 
 
 def without_silo(federation: Federation, silo_id: str) -> str:
