@@ -153,6 +153,9 @@ def _test(rounds: Rounds, commit: Commit) -> Iterator[tuple[str, float]]:
         yield from ((f"test/silo/{silo}/loss", e.loss) for silo, e in evaluations.items())
 
 
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow 3 may show it as one of prompts and traces
+
+
 @contextmanager
 def _speaking(federation: Federation) -> Iterator[Any]:
     """An MLflow client whose errors are ours."""
@@ -214,9 +217,10 @@ def _run(client: Any, federation: Federation, rounds: Rounds) -> str:
             return found
     name = federation.tracking.experiment or federation.name
     experiment = client.get_experiment_by_name(name)
-    number = (
-        experiment.experiment_id if experiment else client.create_experiment(name, artifact_location=_artifacts(federation.tracking.uri))
-    )
+    if experiment:
+        number = experiment.experiment_id
+    else:
+        number = client.create_experiment(name, artifact_location=_artifacts(federation.tracking.uri), tags=TRAINING)
     if named:
         substitutes = client.search_runs([number], f"tags.`{REPLACES}` = '{named.run}'", max_results=1)
         if substitutes:
@@ -257,6 +261,7 @@ def _log_terms(client: Any, run: str, federation: Federation) -> None:
         "training": federation.training,
         "aggregation": federation.aggregation,
         "communication": federation.communication,
+        "privacy": federation.privacy,
     }
     flat = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.model_dump().items()}
     flat |= {"silos": ", ".join(federation.silo_ids), "data.format": federation.data.format, "data.max_length": federation.data.max_length}

@@ -312,7 +312,8 @@ def sync(file: File) -> None:
 @app.command()
 def ui(file: File, port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000) -> None:
     """Open MLflow on the federation's tracking store."""
-    uri = _load(file).tracking.uri
+    federation = _load(file)
+    uri = federation.tracking.uri
     if uri.startswith(("http://", "https://")):
         typer.echo(f"MLflow is at {uri}")
         return
@@ -321,7 +322,9 @@ def ui(file: File, port: Annotated[int, typer.Option(min=1, max=65535, help="Por
     folder = Path(uri.removeprefix("sqlite:///"))
     if not folder.exists():
         raise FederationError(f"tracking.uri {uri!r}: nothing is tracked there yet; `silotune run {quote(str(file))}` makes it")
-    typer.echo(f"MLflow is coming up at http://127.0.0.1:{port}; Ctrl-C ends it", err=True)
+    named = _rounds(federation).tracking_run()
+    where = f"/#/experiments/{named.experiment}/runs/{named.run}/model-metrics" if named else ""
+    typer.echo(f"MLflow is coming up, in half a minute or less, at http://127.0.0.1:{port}{where}\nCtrl-C ends it", err=True)
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # else it starts seven more processes
     os.chdir(folder.parent)  # where MLflow drops what it writes beside its database
     words = ["-m", "mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]

@@ -127,6 +127,12 @@ def make_federation(tmp_path: Path, tiny_llama: Path) -> Any:
     return make
 
 
+@pytest.fixture(scope="session")
+def federation_writer() -> Any:
+    """`write_federation`, for what several tests of a module share."""
+    return write_federation
+
+
 def write_federation(folder: Path, base: Path, silos: tuple[str, ...] = ("east", "north", "south"), **sections: Any) -> Path:
     """A federation of a few steps on a few records, different in every silo; ``sections`` replace those of the file."""
     import json

@@ -168,12 +168,13 @@ def open_split(home: Path, split: str, digest: str = "") -> Shard:
 
     try:
         shard = open_shard(home / json.loads((home / "data.json").read_text())[split])
-    except (FileNotFoundError, KeyError):
+    except KeyError:
+        raise FederationError(f"{home}: holds no {split} split; its file names none", "not preprocessed") from None
+    except FileNotFoundError:
         why = home / UNREADY
         reason = why.read_text() if why.is_file() else "not preprocessed"
         raise FederationError(
-            f"its {split} records were not made ready at the start of this run ({reason}); see its preprocess.log, correct it, run again",
-            reason,
+            f"its records were not made ready at the start of this run ({reason}); see its preprocess.log, correct it, run again", reason
         ) from None
     if digest and shard.digest != digest:
         raise SilotuneError(f"{home}: its {split} split has changed since this training began; run again")

@@ -23,7 +23,7 @@ from silotune.components.learning.tensor_file import open_tensor_file
 from silotune.components.preprocess import step as preprocess
 from silotune.components.protocol import Turn
 from silotune.components.rounds import Rounds
-from silotune.components.silo_job import silo_home
+from silotune.components.silo_job import silo_home, supervise
 from silotune.components.steward.ledger import Ledger
 from silotune.components.steward.policy import Policy
 from silotune.components.train import step as train
@@ -98,6 +98,25 @@ def test_a_silo_whose_data_went_wrong_does_not_train_on_what_it_had(make_federat
     (result,) = Simulation(file).run()
     assert sorted(result.silos) == ["east", "south"]
     assert result.missing["north"].startswith("failed: data or settings are wrong")
+
+
+def test_later_boxes_tell_why_a_silos_records_are_not_ready(make_federation: Any) -> None:
+    file = make_federation()
+    records = file.parent / "data" / "south" / "train.jsonl"
+    kept = records.read_text()
+    records.unlink()
+    assert supervise("preprocess", str(file), "south") == "south failed: data or settings are wrong"
+    home = silo_home(Federation.load(file), Federation.load(file).silo("south"))
+    with pytest.raises(FederationError, match="were not made ready at the start of this run") as caught:
+        train.open_split(home, "train")
+    assert caught.value.reason == "data or settings are wrong"
+    records.write_text(kept)
+    preprocess.work(str(file), "south")
+    assert len(train.open_split(home, "train")) == 17
+    (home / "data.json").unlink()
+    with pytest.raises(FederationError) as caught:
+        train.open_split(home, "train")
+    assert caught.value.reason == "not preprocessed", "of an earlier run's trouble nothing is left"
 
 
 def test_too_few_silos_with_data_is_an_error_of_the_federation(make_federation: Any) -> None:

@@ -26,10 +26,10 @@ def history(uri: str, run: str) -> dict[str, list[tuple[int, float]]]:
     return {name: [(m.step, m.value) for m in client.get_metric_history(run, name)] for name in sorted(names)}
 
 
-@pytest.fixture
-def tracked(make_federation: Any) -> tuple[Federation, Rounds, str]:
-    """A finished federation with an SQLite tracking store."""
-    file = make_federation(tracking={"uri": "sqlite:///mlflow.db"})
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory, federation_writer: Any, tiny_llama: Path) -> tuple[Federation, Rounds, str]:
+    """A finished federation with an SQLite tracking store, which no test changes."""
+    file = federation_writer(tmp_path_factory.mktemp("tracked"), tiny_llama, tracking={"uri": "sqlite:///mlflow.db"})
     simulation = Simulation(file)
     list(simulation.run())
     simulation.test()
@@ -52,6 +52,18 @@ def test_one_step_a_round_and_the_names_that_are_promised(tracked: tuple[Federat
     assert [value for _, value in logged["global/loss"]] == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_terms_are_parameters_and_the_experiment_is_one_of_training(tracked: tuple[Federation, Rounds, str]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    federation, _, run = tracked
+    client = MlflowClient(tracking_uri=federation.tracking.uri)
+    params = client.get_run(run).data.params
+    assert {"training.steps": "2", "privacy.epsilon": "None", "silos": "east, north, south"}.items() <= params.items()
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+
+
 def test_syncing_again_logs_nothing(tracked: tuple[Federation, Rounds, str]) -> None:
     federation, rounds, run = tracked
     before = history(federation.tracking.uri, run)
@@ -65,7 +77,6 @@ def test_a_lost_mlflow_is_rebuilt_from_the_store(tracked: tuple[Federation, Roun
     before = history(uri, run)
     rebuilt_uri = uri.replace("mlflow.db", "rebuilt.db")
     rebuilt = federation.model_copy(update={"tracking": federation.tracking.model_copy(update={"uri": rebuilt_uri})})
-    Path(uri.removeprefix("sqlite:///")).unlink()
     other = tracking.sync(rebuilt, rounds, complete=True)
     assert other != run
     assert history(rebuilt_uri, other) == before
