@@ -70,6 +70,7 @@ LABELS = {
     "numpy": "(d) numpy's average of what is in memory",
     "mean": "decode and mean, next global on disk",
     "checked": "the same with digests, norms and signatures",
+    "covered": "that, each clipped and the sum covered by noise (privacy.silo)",
 }
 
 
@@ -141,10 +142,14 @@ def measure_mean(what: str, folder: str, files: int, silos: int, numbers: int) -
 
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+    from silotune.components.learning.aggregation.combination import Round, combine
     from silotune.components.learning.aggregation.mean import FEDAVG, finish, weighted_mean
     from silotune.components.learning.aggregation.summation import FAN_IN, Term
     from silotune.components.learning.tensor_file import open_tensor_file
-    from silotune.components.learning.update import Expectation, open_update
+    from silotune.components.learning.privacy.noise import Noise
+    from silotune.components.learning.privacy.silo_noise import Layer, SiloNoise
+    from silotune.components.learning.update import Expectation, Update, open_update
+    from silotune.components.terms.strategies import Aggregation, Clip
 
     incoming = open_tensor_file(Path(folder) / "incoming")
     if what == "mean":
@@ -160,7 +165,7 @@ def measure_mean(what: str, folder: str, files: int, silos: int, numbers: int) -
         public.verify(base64.b64decode(signature), message)
         return True
 
-    def checked() -> None:
+    def opened() -> dict[str, Update]:
         updates = {}
         for k, path in enumerate(paths):
             expected = Expectation(
@@ -168,9 +173,18 @@ def measure_mean(what: str, folder: str, files: int, silos: int, numbers: int) -
                 schema={n: list(s) for n, s in shapes_of(numbers).items()}, verify=verify,
             )  # fmt: skip
             updates[f"{k:04d}"] = open_update(path, expected)
+        return updates
+
+    def checked() -> None:
+        updates = opened()
         weighted_mean(incoming, updates, {s: 3.0 + k for k, s in enumerate(updates)}, out)
 
-    return timed(checked)
+    def covered() -> None:
+        noise = SiloNoise(2.0, [Layer(1, Noise(bytes(32)))], numbers, silos, FAN_IN)
+        terms = Aggregation(strategy="fedavg", weights="uniform", clip=Clip(norm=0.1))
+        combine(Round(terms, incoming, silos, noise=noise), opened(), Path(folder))
+
+    return timed(covered if what == "covered" else checked)
 
 
 def hash_file(path: Path) -> str:
@@ -191,20 +205,21 @@ def part_mean(options: argparse.Namespace) -> None:
         about = {"folder": folder, "files": options.silos, "silos": options.silos, "numbers": options.numbers}
         measured("mean", "read", about)
         found = in_turns("mean", list(LABELS), about, options.repeats)
-        many = in_turns("mean", ["torch", "hash", "checked"], about | {"silos": 10 * options.silos}, 1)
+        many = in_turns("mean", ["torch", "hash", "checked", "covered"], about | {"silos": 10 * options.silos}, 1)
     print(f"\n{options.silos} updates of {options.numbers:,} float32 numbers ({size:.0f} MiB each), one thread\n")
     print("| | wall s | CPU s | GB/s | memory above the start, MiB |\n|---|--:|--:|--:|--:|")
     rows = [(LABELS[name], m, options.silos) for name, m in found.items()]
-    rows.append((f"the same, {10 * options.silos} updates", many["checked"], 10 * options.silos))
+    rows += [(f"{LABELS[name]}, {10 * options.silos} updates", many[name], 10 * options.silos) for name in ("checked", "covered")]
     for label, m, silos in rows:
         print(f"| {label} | {m['wall']:.2f} | {m['cpu']:.2f} | {silos * size / 954 / m['wall']:.2f} | {m['peak'] - m['base']:.0f} |")
     print("\n| ratio | wall | CPU | at most | held |\n|---|--:|--:|--:|---|")
     print(ratio("decode and mean / (c)", found["mean"], [found["torch"]], 1.5))
     print(ratio("with all checks / ((b) + (c))", found["checked"], [found["hash"], found["torch"]], 1.2))
     print(ratio("the same, ten times as many", many["checked"], [many["hash"], many["torch"]], 1.2))
-    for m, silos in ((found["checked"], options.silos), (many["checked"], 10 * options.silos)):
-        times = (m["peak"] - m["base"]) / size
-        print(f"| memory of {silos} updates / one update | {times:.2f} | | 3.0 | {'yes' if times <= 3 else 'NO'} |")
+    for name, runs, silos in (("checked", found, options.silos), ("checked", many, 10 * options.silos), ("covered", many, 10 * options.silos)):
+        times = (runs[name]["peak"] - runs[name]["base"]) / size
+        what = "under privacy.silo" if name == "covered" else ""
+        print(f"| memory of {silos} updates {what} / one update | {times:.2f} | | 3.0 | {'yes' if times <= 3 else 'NO'} |")
     print_curve(options)
 
 

@@ -106,14 +106,14 @@ def _spectrum(commit: Commit) -> Iterator[tuple[str, float]]:
 
 
 def _costs(rounds: Rounds, commit: Commit) -> Iterator[tuple[str, float]]:
+    private = rounds.agreement(commit.agreement).privacy.of_records
+    if private:
+        yield from _epsilons(rounds, commit)
     if commit.outcome == "aggregated":
         yield "bytes/up", commit.bytes_up
         yield "bytes/down", commit.bytes_down
         yield "round/seconds", commit.at - commit.started
         yield "round/participants", len(commit.contributions)
-        private = rounds.agreement(commit.agreement).privacy.of_records
-        if private:
-            yield from _epsilons(rounds, commit)
         if (spent := commit.guards.get("silo epsilon")) is not None:
             yield "privacy/silo_epsilon", spent
         for silo, contribution in commit.contributions.items():
@@ -124,11 +124,11 @@ def _costs(rounds: Rounds, commit: Commit) -> Iterator[tuple[str, float]]:
 
 
 def _epsilons(rounds: Rounds, commit: Commit) -> Iterator[tuple[str, float]]:
-    """What silos report to have spent by now, in whichever attempt they delivered."""
+    """What silos report to have spent by now, in whichever attempt they delivered, and whatever became of their updates: sent is sent."""
     found: dict[str, float] = {}
-    for attempt in range(1, commit.attempt + 1):
+    for attempt in range(1, len(rounds.attempts(commit.round)) + 1):
         for silo, report in rounds.reports(commit.round, attempt).items():
-            if silo in commit.contributions and "epsilon" in report.numbers:
+            if "epsilon" in report.numbers:
                 found[silo] = report.numbers["epsilon"]
     yield from ((f"silo/{silo}/epsilon", value) for silo, value in found.items())
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ def _person(place: str, row: dict[str, Any], column: str) -> str:
             f"{place}: field {column!r} must say whose record it is, as text or a whole number, got {_kind(value)}; "
             "fill it in, or correct privacy.person_field"
         )
-    return str(value).strip()
+    return unicodedata.normalize("NFC", str(value).strip())  # a letter with its accent, or followed by it: the same name
 
 
 def _is_unicode(value: str | list[dict[str, str]]) -> bool:

@@ -119,6 +119,20 @@ def test_no_more_rounds_than_planned(make_federation: Any) -> None:
     assert raised.value.reason == "budget"
 
 
+def test_what_a_refused_update_has_cost_is_told(make_federation: Any) -> None:
+    """The coordinator has seen it, whether it is in the global or not."""
+    file = make_federation(privacy=PRIVATE)
+    turn = begin(file)
+    for silo in SILOS:
+        train.work(str(file), silo, turn)
+    rounds = Rounds.of(Federation.load(file))
+    rounds.refuse_update(1, "east", "its norm is out of the band", resend=False, manifest=rounds.update(1, "east").digest)
+    aggregate.work(str(file), turn, *(f"{s} ok" for s in SILOS))
+    assert set(rounds.commit(1).contributions) == {"north", "south"}
+    found = {name for (name, step), _ in metrics(rounds, complete=True) if step == 1}
+    assert {f"silo/{silo}/epsilon" for silo in SILOS} <= found
+
+
 def test_a_round_trained_twice_sends_the_same_bytes(make_federation: Any) -> None:
     file = make_federation(privacy=PRIVATE)
     turn = begin(file)
@@ -269,6 +283,16 @@ def test_persons_are_counted_and_never_named(make_federation: Any) -> None:
     written = [p for root in (federation.work, *(Path(s.storage) for s in federation.silos)) for p in root.rglob("*") if p.is_file()]
     assert len(written) > 30
     assert not any(b"Zaphod" in p.read_bytes() or b"700000" in p.read_bytes() for p in written)
+
+
+def test_a_name_written_in_two_ways_is_one_person(make_federation: Any) -> None:
+    """Two exports of one register may write é as one character, or as two; spaces and the type of a number tell nobody apart either."""
+    file = make_federation(privacy=PERSONS)
+    with_persons(file, lambda i: ("Jos\u00e9", "Jose\u0301", " Jos\u00e9", 7, "7", "Jose")[i % 6])
+    preprocess.work(str(file), "east")
+    shard = train.open_split(silo_home(Federation.load(file), Federation.load(file).silo("east")), "train")
+    assert shard.units[:6].tolist() == [0, 0, 0, 1, 1, 2]
+    assert shard.unit_count == 3
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", 3.5, True])

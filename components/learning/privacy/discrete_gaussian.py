@@ -130,14 +130,12 @@ class Words:
 
     def below(self, limits: np.ndarray) -> np.ndarray:
         """One uniform number from 0 to before each limit, uint64, by rejection of the uneven end."""
-        found = np.empty(len(limits), np.uint64)
-        left = np.arange(len(limits))
-        while len(left):
-            words, limit = self.take(len(left)), limits[left]
-            uneven = (np.uint64(2**64 - 1) % limit + np.uint64(1)) % limit  # 2^64 mod limit
-            fits = words <= np.uint64(2**64 - 1) - uneven
-            found[left[fits]] = words[fits] % limit[fits]
-            left = left[~fits]
+        words = self.take(len(limits))
+        found = words % limits
+        near = np.flatnonzero(words >= -limits)  # of the last ``limit`` words, some are the uneven end, of 2^64 mod limit; -limit is 2^64 - limit
+        left = near[words[near] > ~(-limits[near] % limits[near])]
+        if len(left):
+            found[left] = self.below(limits[left])
         return found
 
 
