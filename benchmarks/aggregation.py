@@ -145,9 +145,9 @@ def measure_mean(what: str, folder: str, files: int, silos: int, numbers: int) -
     from silotune.components.learning.aggregation.combination import Round, combine
     from silotune.components.learning.aggregation.mean import FEDAVG, finish, weighted_mean
     from silotune.components.learning.aggregation.summation import FAN_IN, Term
-    from silotune.components.learning.tensor_file import open_tensor_file
     from silotune.components.learning.privacy.noise import Noise
     from silotune.components.learning.privacy.silo_noise import Layer, SiloNoise
+    from silotune.components.learning.tensor_file import open_tensor_file
     from silotune.components.learning.update import Expectation, Update, open_update
     from silotune.components.terms.strategies import Aggregation, Clip
 
@@ -216,7 +216,11 @@ def part_mean(options: argparse.Namespace) -> None:
     print(ratio("decode and mean / (c)", found["mean"], [found["torch"]], 1.5))
     print(ratio("with all checks / ((b) + (c))", found["checked"], [found["hash"], found["torch"]], 1.2))
     print(ratio("the same, ten times as many", many["checked"], [many["hash"], many["torch"]], 1.2))
-    for name, runs, silos in (("checked", found, options.silos), ("checked", many, 10 * options.silos), ("covered", many, 10 * options.silos)):
+    for name, runs, silos in (
+        ("checked", found, options.silos),
+        ("checked", many, 10 * options.silos),
+        ("covered", many, 10 * options.silos),
+    ):
         times = (runs[name]["peak"] - runs[name]["base"]) / size
         what = "under privacy.silo" if name == "covered" else ""
         print(f"| memory of {silos} updates {what} / one update | {times:.2f} | | 3.0 | {'yes' if times <= 3 else 'NO'} |")

@@ -132,7 +132,9 @@ class Words:
         """One uniform number from 0 to before each limit, uint64, by rejection of the uneven end."""
         words = self.take(len(limits))
         found = words % limits
-        near = np.flatnonzero(words >= -limits)  # of the last ``limit`` words, some are the uneven end, of 2^64 mod limit; -limit is 2^64 - limit
+        near = np.flatnonzero(
+            words >= -limits
+        )  # of the last ``limit`` words, some are the uneven end, of 2^64 mod limit; -limit is 2^64 - limit
         left = near[words[near] > ~(-limits[near] % limits[near])]
         if len(left):
             found[left] = self.below(limits[left])
