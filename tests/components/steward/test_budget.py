@@ -164,6 +164,39 @@ def test_a_clock_that_jumps_gives_no_months_budget_twice(folder: ObjectStore, tm
 # Many at once, and kills
 
 
+def test_what_must_hold_besides_is_asked_of_the_very_entries_that_it_goes_behind(folder: ObjectStore, tmp_path: Path) -> None:
+    """Of two federations that begin at once, the second sees the first."""
+
+    class Racing:
+        """A store in which another federation is faster, once."""
+
+        def __init__(self) -> None:
+            self.lost = False
+
+        def create(self, key: str, data: bytes) -> bool:
+            if not self.lost:
+                self.lost = True
+                let_in(folder, tmp_path, NO_LIMITS, [ledgers.charge(1, "faster")])
+            return folder.create(key, data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(folder, name)
+
+    seen: list[list[str]] = []
+    book = ledgers.ledger(Racing(), tmp_path)  # type: ignore[arg-type]
+    reserve(
+        book, ledgers.charge(1), NO_LIMITS, "record", bounded=True, also=lambda entries: seen.append([e.charge.federation for e in entries])
+    )
+    assert seen == [[], ["faster"]]
+
+    def never(_: Any) -> None:
+        raise RefusedError("one federation only", "policy: runs")
+
+    with pytest.raises(RefusedError, match="one federation only"):
+        reserve(ledgers.ledger(folder, tmp_path), ledgers.charge(2), NO_LIMITS, "record", bounded=True, also=never)
+    assert len(ledgers.ledger(folder, tmp_path).entries()) == 2
+
+
 def test_of_many_who_reserve_at_once_only_so_many_come_in_as_the_limit_has_room_for(folder: ObjectStore, tmp_path: Path) -> None:
     room = 9
     limits = Limits(total=(gaussian(4.0, room) + gaussian(4.0, room + 1)) / 2)

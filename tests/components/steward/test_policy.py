@@ -410,6 +410,19 @@ def test_where_a_policy_has_held_its_absence_allows_nothing(make_federation: Any
     assert preprocess.work(str(file), "north").startswith("north ok")
 
 
+def test_a_baseline_without_privacy_is_refused_where_a_policy_wants_it(make_federation: Any) -> None:
+    file = make_federation(privacy={"epsilon": 8.0, "delta": 1e-3}, training={"steps": 1, "batch_size": 2})
+    put(file, "south", privacy={"epsilon": {"total": 8.0, "delta": 1e-3}})
+    simulation = Simulation(file)
+    with pytest.raises(
+        RefusedError, match="silo 'south': its policy lets its records be trained on with differential privacy only"
+    ) as refused:
+        simulation.unprotected()
+    assert refused.value.reason == "policy: privacy"
+    put(file, "south", privacy={"required": False, "epsilon": {"total": 8.0, "delta": 1e-3}})
+    assert not simulation.unprotected().federation.privacy.of_records
+
+
 def test_a_base_is_named_by_the_digest_that_check_prints(make_federation: Any, tmp_path: Path) -> None:
     file = make_federation()
     base = base_model.resolve(Federation.load(file).model.base, tmp_path / "cache")
