@@ -260,6 +260,9 @@ def _train(
     )  # fmt: skip
     sign = (lambda message: rounds.sign(silo_id, plan.round, message)) if agreement.custody != "none" else None
     written = write_update(home / UPDATE, header, delta, sign)
+    if not written.norm:
+        rule = "training changed nothing"
+        raise RefusedError(f"silo {silo_id!r}: {rule}: its update has norm 0; raise training.learning_rate, or check the records", rule)
     (home / MADE).write_text(identity)
     return written
 

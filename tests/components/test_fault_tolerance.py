@@ -195,12 +195,14 @@ def test_an_update_of_unusual_size_is_left_out_and_named(make_federation: Any, m
     assert "times the median of recent updates, 0.1 to 10 times are allowed" in commit.missing["north"]
 
 
-def test_updates_that_change_nothing_make_no_round(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_that_changes_nothing_is_not_sent(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file = make_federation(rounds={"total": 1})
+    turn = begin(file)
     scaled(0.0, monkeypatch)
-    with pytest.raises(QuorumError, match="refused: training changed nothing"):
-        one_round(file)
-    assert [c.round for c in rounds_of(file).commits()] == [0]
+    with pytest.raises(RefusedError, match=r"its update has norm 0; raise training\.learning_rate") as refused:
+        train.work(str(file), "north", turn)
+    assert refused.value.reason == "training changed nothing"
+    assert list(rounds_of(file).store.list("tiny/contributions/")) == []
 
 
 def test_a_refused_silo_may_deliver_again(make_federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
