@@ -93,10 +93,13 @@ class Course:
                 self.unready |= {silo} if box == "preprocess" else set()
                 return f"warning: {self._trouble(silo, f'{box} {status}: ' + (event['detail'] or reason))}"
             return f"{box} {silo}  {took}"
+        known = self.turn.done
         if box in ("initialize", "aggregate"):
             self._turn(Turn.parse(event["output"]))
         if box == "initialize":
             return f"initialize  {took}; " + (self.turn.done or f"round {self.turn.round} is open")
+        if box == "aggregate" and self.turn.done and not known:  # why no round follows
+            return f"aggregate  {took}; {self.turn.done}"
         return f"{box}  {took}"
 
     def _turn(self, turn: Turn) -> None:

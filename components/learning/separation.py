@@ -43,6 +43,8 @@ def _asked(model: Any) -> bool:
         with torch.inference_mode(False), torch.enable_grad():
             batch = collate(_two(embedding.weight.shape[0]), [[0, 1]], 0).to(device)
             out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False)
+            if not kept:
+                return False  # it takes its embeddings from elsewhere, and cannot be asked
             (slope,) = torch.autograd.grad(out.logits[0, FIRST:].float().square().sum(), kept[-1:])
     finally:
         handle.remove()

@@ -121,6 +121,15 @@ def test_what_follows_from_records_that_are_not_ready_is_no_news():
     assert course.troubles == {"south": [f"preprocess failed: {said}"]}
 
 
+def test_it_is_told_once_why_no_round_follows():
+    course = Course(["north"], 3)
+    lines = [
+        course.take({"seconds": 1.0, **event("aggregate", "ended", output=turn)})
+        for turn in ("round:2 attempt:1", "done:spent", "done:spent")
+    ]
+    assert [line.partition("; ")[2] for line in lines] == ["", "spent", ""]
+
+
 def test_a_silo_is_named_also_where_its_id_is_part_of_a_word():
     course = Course(["d", "north-2"], 1)
     assert course.take(event("aggregate", "warned", "d", detail="round 1: left out")) == "warning: d: round 1: left out"

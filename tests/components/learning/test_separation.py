@@ -69,6 +69,12 @@ def test_attention_keeps_examples_apart(tiny_base: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_model_that_cannot_be_asked_counts_as_one_that_does_not(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.load_trainable(tiny_llama, {"method": "full", "dtype": "float32"}, 0)
+    monkeypatch.setattr(model, "get_input_embeddings", lambda: torch.nn.Embedding(300, 32))
+    assert not keeps_apart(model)
+
+
 @pytest.mark.parametrize("made", [of_convolutions, of_states])
 def test_what_runs_along_the_row_does_not(made: Callable[[], Any], some_shard: Shard) -> None:
     model = with_adapters(made()).eval()
