@@ -58,7 +58,7 @@ class Silo(Section):
     """One organisation, and where *it* keeps its records. Its paths are read on its side only."""
 
     id: str = Field(pattern=SILO_ID, description="Lower-case letters, digits and inner dashes, 40 at most.")
-    train: str = Field(description="jsonl, csv, parquet, a folder of .txt files, or `s3://` with one of these.")
+    train: str = Field(description="jsonl, csv, tsv, parquet or txt, a folder of such files, or `s3://` with one of these.")
     valid: str | None = Field(None, description="Steers the run (convergence, best round). Default: a seeded part of train.")
     test: str | None = Field(None, description="Read by the evaluate box only.")
     fields: dict[str, str] = Field(default_factory=dict, description="Its own names of columns, before `data.fields`.")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 from silotune.components.errors import FederationError
+from silotune.components.federation import json_schema
 
 FILE = "federation.yaml"
+SCHEMA = "federation.schema.json"
 
 TEXT = """\
 # A silotune federation: who takes part, on what model, under which terms.
 #   silotune check federation.yaml --data     is it right, and can the records be read?
 #   silotune run federation.yaml              on this machine
-#   silotune schema > federation.schema.json  every key there is, for your editor
+#   silotune schema > federation.schema.json  every key there is, for your editor: again after an update of silotune
 # Relative paths count from this file's folder. ${NAME} and ${NAME:-default} come from the environment. No secrets in here.
 # yaml-language-server: $schema=federation.schema.json
 
@@ -34,7 +37,7 @@ data:
 
 silos:                          # each keeps its records; only updates and losses leave it
   - id: north
-    train: ./data/north/train.jsonl       # jsonl, csv, parquet, a folder of .txt, or s3://
+    train: ./data/north/train.jsonl       # jsonl, csv, parquet, txt, a folder of these, or s3://
     valid: ./data/north/valid.jsonl       # steers the run; left out: a part of train is set aside
     test: ./data/north/test.jsonl         # optional; scored at the end only
     # storage: /srv/silotune/north        # the silo's own folder: tokens, logs
@@ -81,7 +84,7 @@ tracking:
 
 
 def write(folder: Path) -> Path:
-    """Write the file into ``folder``, named after it, and return its path.
+    """Write the file into ``folder``, named after it, with the JSON Schema that editors find by it, and return its path.
 
     Raises:
         FederationError: there is one already, or the folder cannot be written.
@@ -91,6 +94,7 @@ def write(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with file.open("x", encoding="utf-8") as out:
             out.write(TEXT.replace("NAME ", f"{_name(folder)} ", 1))
+        (folder / SCHEMA).write_text(json.dumps(json_schema(), indent=2), encoding="utf-8")
     except FileExistsError:
         raise FederationError(f"{file if file.exists() else folder}: exists already; give another folder, or move it away") from None
     except OSError as error:

@@ -1,6 +1,6 @@
 """Records: what a silo's files hold, one dict at a time, and the text an example is made of.
 
-Reads jsonl, csv, parquet, txt, and folders of these (files in the order of their paths, those of inner folders among them; none that is hidden). Errors name the file and the line, never a record's content:
+Reads jsonl, csv (with commas, semicolons or tabs), parquet, txt, and folders of these (files in the order of their paths, those of inner folders among them; none that is hidden). Errors name the file and the line, never a record's content:
 a message may travel further than a record may.
 """
 
@@ -36,7 +36,6 @@ CURES = {
     ".json": "write one JSON object a line, as .jsonl",
     ".gz": "unpack it",
     ".zip": "unpack it",
-    ".tsv": "save it as .csv, with commas",
     ".xlsx": "save it as .csv",
 }
 
@@ -179,7 +178,10 @@ def _read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _read_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as text:
-        rows = csv.DictReader(text, strict=True)
+        head = text.readline()
+        text.seek(0)
+        # Where commas are decimal points, spreadsheets write semicolons: the header says what separates columns.
+        rows = csv.DictReader(text, strict=True, delimiter=max(",;\t", key=head.count))
         try:
             for row in rows:
                 yield f"{file.name}, line {rows.line_num}", {k: v for k, v in row.items() if k is not None}
@@ -211,6 +213,7 @@ def _read_txt(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
     ".txt": _read_txt,
 }

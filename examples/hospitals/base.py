@@ -100,7 +100,10 @@ def make(public: Path, folder: Path) -> bool:
     if stamp.is_file() and stamp.read_text() == made_from:
         return False
     import torch
+    from transformers.utils import logging
 
+    print(f"a small base model is made, once, in about a minute: {folder}", flush=True)
+    logging.disable_progress_bar()
     began = time.monotonic()
     torch.set_num_threads(1)  # the same sums on every machine, and on a busy one much faster than two
     torch.manual_seed(SEED)

@@ -167,12 +167,19 @@ def test_invalid_utf8(tmp_path: Path, name: str) -> None:
     [
         (f"prompt,response\nx,y\n{CANARY}\n", "r.csv, line 3: field 'response' must be text, got nothing"),
         (f'prompt,response\nx,y\n"{CANARY}"z,w\n', "r.csv, line 3: not valid CSV"),
-        (f"prompt;response\n{CANARY};w\n", "r.csv, line 2: has no field 'prompt'"),
+        (f"prompt|response\n{CANARY}|w\n", "r.csv, line 2: has no field 'prompt'"),
     ],
 )
 def test_bad_csv(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "r.csv").write_text(content)
     assert said in error_of(tmp_path / "r.csv")
+
+
+@pytest.mark.parametrize(("name", "between"), [("r.csv", ";"), ("r.csv", "\t"), ("r.tsv", "\t")])
+def test_the_header_says_what_separates_columns(tmp_path: Path, name: str, between: str) -> None:
+    rows = [("prompt", "response"), ("one, two", "three"), ('"a;b\tc"', "d, e, f")]
+    (tmp_path / name).write_text("".join(between.join(row) + "\n" for row in rows))
+    assert read(tmp_path / name) == [{"prompt": "one, two", "response": "three"}, {"prompt": "a;b\tc", "response": "d, e, f"}]
 
 
 def test_a_missing_column_is_told_with_usual_names_only(tmp_path: Path) -> None:
@@ -192,9 +199,9 @@ def test_bad_parquet(tmp_path: Path) -> None:
 
 def test_unusable_paths(tmp_path: Path) -> None:
     assert "no such file" in error_of(tmp_path / "nope.jsonl")
-    assert "holds no .csv, .jsonl, .parquet, .txt file" in error_of(tmp_path)
+    assert "holds no .csv, .jsonl, .parquet, .tsv, .txt file" in error_of(tmp_path)
     (tmp_path / "r.doc").write_text("x")
-    assert "must be one of .csv, .jsonl, .parquet, .txt, got '.doc'" in error_of(tmp_path / "r.doc")
+    assert "must be one of .csv, .jsonl, .parquet, .tsv, .txt, got '.doc'" in error_of(tmp_path / "r.doc")
     (tmp_path / "r.JSON").write_text("{}")
     assert error_of(tmp_path / "r.JSON").endswith("got '.JSON'; write one JSON object a line, as .jsonl")
 
