@@ -97,6 +97,9 @@ def _rebuild_securely(rounds: Rounds, plan: Plan, agreement: Agreement, given: R
 
 def _put_back(rounds: Rounds, commit: Commit, path: Path, lost: str) -> None:
     if (got := file_digest(path)) != commit.outgoing:
-        raise RefusedError(f"{lost}; made again it has the digest {got[:12]}…; restore it from a backup", "object corrupt")
+        raise RefusedError(
+            f"{lost}; made again it has the digest {got[:12]}…, as it may where processor or numpy are of another kind than then; restore it from a backup",
+            "object corrupt",
+        )
     rounds.store.delete(rounds.object_key(commit.outgoing))  # what is there, is not written
     rounds.put_object(path)

@@ -8,7 +8,8 @@
     server step  an optimiser at the server turns that into the next global (`server_optimizer`)
 
 What a stage carries to the next round is part of the `Carried` state, which a commit names by digest. The same updates, terms and state give the
-same bytes.
+same bytes, on however many threads: linear algebra is given one. Where none is used, as in means and in medians of plain tensors, on any processor;
+products and rules that weigh silos, on one kind of processor with one version of numpy.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from silotune.components.learning.aggregation import bounds, coordinates, server_optimizer
 from silotune.components.learning.aggregation.factors import LoraPair
@@ -80,6 +82,7 @@ class Combined:
     numbers: dict[str, Any] = field(default_factory=dict)  # carried to the next round
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")  # several share sums out otherwise, and round them otherwise
 def combine(given: Round, updates: Mapping[str, Update], folder: Path, stored: Sequence[Stored] = ()) -> Combined:
     """Write the next global to ``folder``/`OUTGOING`, and beside it what is carried on.
 

@@ -13,7 +13,7 @@ an error of the span enters the residual squared. Columns of B and rows of A are
 spread a product over its factors counts.
 
 Determinism: silos are taken in sorted order, and LAPACK is deterministic: the same updates give the same bytes on one kind of processor with
-one version of numpy and one thread; elsewhere the last digits may differ. Among equal singular values any basis is as good as another and LAPACK
+one version of numpy and one thread, which `combination` sees to; elsewhere the last digits may differ. Among equal singular values any basis is as good as another and LAPACK
 chooses one; the product is the same but for a tie between rank R and the next one, where the best product itself is not unique.
 """
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from combining import SCALE, Arrays, Course, QuadraticSilo, distance, first_global, random_updates, weights_of
+from threadpoolctl import threadpool_limits
 
 from silotune.components.errors import QuorumError
 from silotune.components.learning.aggregation.factors import A, B
@@ -264,6 +265,26 @@ def test_what_a_rule_leaves_out_is_named_with_its_score(begin: Begin) -> None:
         assert course.made
         assert f"{course.made.scores['s4']:.3g}" in course.made.told["s4"]
         assert (course.made.weights["s4"] == 0) == ("norm" not in case)
+
+
+@pytest.mark.parametrize("rule", ["", "median", "multi-krum"])
+def test_any_number_of_threads_gives_the_same_bytes(tmp_path: Path, rule: str) -> None:
+    """Of a module as large as those whose linear algebra is shared out to threads: a lost global is made again on another machine."""
+    size, rank, rng = 1536, 16, np.random.default_rng(0)
+
+    def pair(scale: float) -> Arrays:
+        return {
+            "m" + ending: (scale * rng.standard_normal(shape)).astype(np.float32)
+            for ending, shape in ((A, (rank, size)), (B, (size, rank)))
+        }
+
+    first, sent, found = pair(1.0), {f"s{i:02d}": pair(0.1) for i in range(16)}, set()
+    for threads in (1, 2):
+        terms = Aggregation.model_validate({"strategy": "product"} | (robust(rule) if rule else {}))
+        course = Course(tmp_path / str(threads), terms, dict(first), len(sent))
+        with threadpool_limits(threads, user_api="blas"):
+            found.add(course.close(sent))
+    assert len(found) == 1
 
 
 # What is found late
