@@ -230,6 +230,7 @@ class S3Store:
     def _speaking(self, reads: str | None = None) -> Iterator[Any]:
         """This process's client. Errors leave translated; where an object is read, "not found" is ObjectMissing."""
         from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
 
         try:
             yield self._connected()
@@ -239,6 +240,10 @@ class S3Store:
             if reads is not None and missing:
                 raise ObjectMissing(reads) from None
             raise self._explained(code, status, type(error).__name__) from error
+        except (ResponseParserError, ValueError) as error:  # botocore reads dates before it knows whether the head came whole
+            if isinstance(error, ValueError) and "timestamp" not in str(error):
+                raise
+            raise UnreachableError(f"{self}: an answer broke off before its end; {AGAIN}") from error
         except OSError as error:
             raise SilotuneError(f"{self}: a local file cannot be read: {error}") from error
 

@@ -813,6 +813,20 @@ def test_an_answer_that_ends_within_its_headers_is_not_an_empty_object(scripted:
             use.__func__(scripted(lambda handler, body, _count: early(handler, body, 0)), "a")
 
 
+def test_an_answer_that_ends_within_a_date_is_told_as_one(scripted: Callable[[Script], S3Store]) -> None:
+    """botocore reads the date before it knows that the headers did not come whole."""
+
+    def early(handler: BaseHTTPRequestHandler, _body: bytes, _count: int) -> None:
+        handler.send_response_only(200)
+        handler.send_header("Last-Modified", "")
+        handler.flush_headers()
+
+    store = scripted(early)
+    for asked in (store.get, store.size):
+        with pytest.raises(UnreachableError, match="an answer broke off before its end"):
+            asked("a")
+
+
 def test_an_answer_that_keeps_breaking_off_is_given_up_in_time(
     scripted: Callable[[Script], S3Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
