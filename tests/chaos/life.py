@@ -20,7 +20,7 @@ from faults import FaultyStore
 from invariants import Broken, require_exact_sum
 from scenario import SILOS, STAGES, Death, Scenario, Trap
 
-from silotune.components import rounds
+from silotune.components import round_records
 from silotune.components.learning import training
 from silotune.components.process import child, ending
 from silotune.components.protocol import Turn
@@ -148,8 +148,8 @@ def prepare(scenario: Scenario, board: Board, faults: Mapping[str, float], numbe
     """In a life: count what is trained and put, and let the store go wrong."""
     rng = scenario.rng("store", number)
 
-    def opened(location: str) -> Any:
-        store: Any = CountedStore(open_store(location), board)
+    def opened(location: str, **options: Any) -> Any:
+        store: Any = CountedStore(open_store(location, **options), board)
         if not faults:
             return store
         faulty: Any = FaultyStore(store, rng, faults)
@@ -166,5 +166,5 @@ def prepare(scenario: Scenario, board: Board, faults: Mapping[str, float], numbe
 
         return inner(*rest, on_step, **options)
 
-    rounds.open_store = opened
+    round_records.open_store = opened
     training.train = counted
