@@ -5,7 +5,8 @@
 Everything starts from `examples/medquad.yaml` and goes through the Python door. What is compared:
 
     alone         a silo by itself, on the tokens it would have trained on in the federation
-    federated     the file with aggregation.strategy fedavg, the plainest; benchmarks/noniid.py compares strategies
+    federated     the file as it stands, which names no strategy: with the default on adapters
+    fedavg        the same with aggregation.strategy fedavg, the plainest; benchmarks/noniid.py compares more
     centralised   one model on all records: same rank, as many tokens as all silos together, rates as in --rates, the best by validation
 
 All are scored on the whole test split of every silo; for the single models the learning rate is the centralised one's best. Finished parts
@@ -42,15 +43,16 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def seeded_file(given: argparse.Namespace, seed: int) -> Path:
-    """The example's federation with another seed, in a folder of its own."""
-    folder = given.out / f"seed-{seed}"
+def seeded_file(given: argparse.Namespace, seed: int, strategy: str = "") -> Path:
+    """The example's federation with another seed, in a folder of its own; with a strategy, where one is named."""
+    folder = given.out / "-".join(filter(None, [f"seed-{seed}", strategy]))
     folder.mkdir(parents=True, exist_ok=True)
     terms = yaml.safe_load((ROOT / "examples" / "medquad.yaml").read_text())
     terms["training"]["seed"] = seed
     terms["training"]["learning_rate"] = float(terms["training"]["learning_rate"])
     terms["tracking"] = {"uri": "none"}
-    terms["aggregation"]["strategy"] = "fedavg"
+    if strategy:
+        terms["aggregation"]["strategy"] = strategy
     if given.rounds:
         terms["rounds"]["total"] = given.rounds
     file = folder / "federation.yaml"
@@ -113,6 +115,8 @@ def measure(given: argparse.Namespace, results: dict[int, dict[str, Any]], save:
         swept = [f"centralised {candidate:g}" for candidate in given.rates]
         rate = rate or float(min(swept, key=lambda n: results[seed][n]["curve"][-1]).split()[1])
     for seed, simulation in simulations.items():
+        plain = Simulation(seeded_file(given, seed, "fedavg"))
+        once(seed, "fedavg", lambda s=plain: trained(s, s))
         for silo in simulation.federation.silo_ids:
             once(seed, f"alone {silo}", lambda s=simulation, silo=silo: trained(s.alone(silo, **single(s, silo, rate)), s))
     assert rate
@@ -134,7 +138,7 @@ def table(results: dict[int, dict[str, Any]], rate: float) -> str:
         return [cuts[0], cuts[4], cuts[8]]
 
     central = f"centralised {rate:g}"
-    names = ["base", *(f"alone {s}" for s in silos), "federated", central]
+    names = ["base", *(f"alone {s}" for s in silos), "fedavg", "federated", central]
     lines = [
         "| model | seeds | pooled test loss | perplexity | silos' perplexity: 10th | 50th | 90th | tokens | CPU s |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
