@@ -147,7 +147,7 @@ def _unfit(federation: Federation, silo: Silo, images: Sequence[str]) -> list[st
     problems += [f"{where}.placement.{text}" for text in not_admitted(silo.placement)]
     for name in ("train", "valid", "test", "storage"):
         place = getattr(silo, name)
-        if place is not None and not is_remote(place) and Path(MOUNT) not in (Path(place), *Path(place).parents):
+        if place is not None and (name == "storage" or not is_remote(place)) and Path(MOUNT) not in (Path(place), *Path(place).parents):
             problems.append(
                 f"{where}.{name}: must lie in the silo's volume, under {MOUNT}, got {place!r}; write it as the silo's Job sees it"
             )

@@ -397,6 +397,7 @@ def test_an_argument_of_the_wrong_form_is_refused(onboard: Callable[..., Path], 
     [
         ("train: /silo/north/train.jsonl ", "train: ./train.jsonl ", "silos[0].train: must lie in the silo's volume, under /silo"),
         ("    storage: /silo/north\n", "", "silos[0].storage: must lie in the silo's volume"),
+        ("    storage: /silo/north\n", "    storage: s3://north/private\n", "silos[0].storage: must lie in the silo's volume"),
         ("storage: {root", "launcher: pod\nstorage: {root", "launcher: must be job, got 'pod'"),
         (FILE[FILE.index("security:") :], "", "security.keys: must name a key of every party"),
         ('"s3://bucket/team"', "/store", "storage.root: must be s3://bucket/prefix"),
