@@ -40,7 +40,7 @@ def round_of(rounds: Rounds, latest: Commit, plan: Plan, agreement: Agreement, i
     numbers = rounds.json_object(known[NUMBERS]) if NUMBERS in known else {}
     lora = agreement.model.get("lora")
     return Round(
-        terms=terms, incoming=incoming, silos=len(agreement.silos), parts=agreement.parts, scale=lora["alpha"] / lora["r"] if lora else 1.0,
+        terms=terms, incoming=incoming, silos=len(agreement.silos), parts=agreement.parts, training_of=agreement.training_of, scale=lora["alpha"] / lora["r"] if lora else 1.0,
         carried=Carried(files, numbers), initial=_begun_anew(agreement, plan, incoming) if terms.traits.combine == "stack" else {},
         groups=terms.groups(plan.participants),
     )  # fmt: skip

@@ -142,7 +142,7 @@ def _aggregated(
         if agreement.privacy.silo is not None:
             missing |= intake.only(releases.settled(rounds, plan, intake.objects), "late: the round was summed before its update came")
         if given.groups and accepted:
-            stored = groups.stored_sums(rounds, turn, given.groups, summands(given.terms, accepted)[0], intake)
+            stored = groups.stored_sums(rounds, turn, given.groups, summands(given.terms, accepted, given.training_of)[0], intake)
         while True:
             missing |= {silo: f"refused: {rule}" for silo, rule in intake.refused.items()}
             share = opening.share_trained(plan, agreement, {silo: u.header.examples for silo, u in accepted.items()})

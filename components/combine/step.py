@@ -68,7 +68,7 @@ def work(federation_file: str, turn_text: str, group: str) -> str:
         folder = Path(name)
         intake = Intake.of("combine", rounds, plan, agreement, _delivered(rounds, turn.round, cut[number - 1]), folder)
         while intake.accepted:
-            weights, _ = summands(terms, intake.accepted)
+            weights, _ = summands(terms, intake.accepted, agreement.training_of)
             if groups.stored_sum(rounds, turn, number, weights, intake):
                 return f"group {number} ok: it is summed already"
             try:

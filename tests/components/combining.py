@@ -19,6 +19,7 @@ from silotune.components.learning.exchange import trained_names
 from silotune.components.learning.tensor_file import open_tensor_file, to_bytes, write_tensor_file
 from silotune.components.learning.update import Codec, Header, Update, write_update
 from silotune.components.terms.strategies import Aggregation
+from silotune.components.terms.training import Training
 
 Arrays = dict[str, np.ndarray]
 OUT, IN, RANK, SCALE = 9, 11, 3, 2.0
@@ -69,6 +70,7 @@ class Course:
     round: int = 0
     made: Combined | None = None
     parts: dict[str, float] = field(default_factory=dict)
+    training_of: Callable[[str], Training] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -99,7 +101,7 @@ class Course:
         if self.terms.traits.combine == "stack":
             rng = np.random.default_rng(self.round)
             initial = {n: (rng.standard_normal(a.shape) / np.sqrt(IN)).astype(np.float32) for n, a in self.state.items() if n.endswith(A)}
-        given = Round(self.terms, open_tensor_file(incoming), self.silos, self.parts, SCALE, self.carried, initial)
+        given = Round(self.terms, open_tensor_file(incoming), self.silos, self.parts, self.training_of, SCALE, self.carried, initial)
         self.made = combine(given, updates, folder)
         self.state = open_tensor_file(folder / OUTGOING).read_all()
         self.carried = Carried({name: open_tensor_file(path) for name, path in self.made.files.items()}, self.made.numbers)

@@ -15,7 +15,7 @@ products and rules that weigh silos, on one kind of processor with one version o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,11 @@ from silotune.components.learning.aggregation.spectrum import Spectrum
 from silotune.components.learning.aggregation.summation import Term
 from silotune.components.learning.aggregation.tree import Stored, grouped_mean
 from silotune.components.learning.privacy.silo_noise import SiloNoise
+from silotune.components.learning.schedule import steps_worth
 from silotune.components.learning.tensor_file import TensorFile, open_tensor_file, tensor_writer, to_bytes
 from silotune.components.learning.update import Update
 from silotune.components.terms.strategies import Aggregation
+from silotune.components.terms.training import Training
 
 OUTGOING = "outgoing.safetensors"
 OPTIMIZER, REST = "optimizer", "rest"  # names of what is carried as tensor files
@@ -60,6 +62,7 @@ class Round:
     incoming: TensorFile
     silos: int  # in the federation, whether they delivered or not
     parts: Mapping[str, float] = field(default_factory=dict)  # `Agreement.parts`; each silo's the same where there are none
+    training_of: Callable[[str], Training] | None = None  # a silo's terms of training; None: its steps all had one rate
     scale: float = 1.0  # LoRA's alpha / r
     carried: Carried = field(default_factory=Carried)
     initial: Mapping[str, np.ndarray] = field(default_factory=dict)  # flora: A by tensor name, as adapters begin anew
@@ -157,13 +160,22 @@ def _counts(terms: Aggregation, updates: Mapping[str, Update]) -> dict[str, floa
     return weigh(updates, "uniform" if terms.weighs_alike else terms.weights)
 
 
-def summands(terms: Aggregation, updates: Mapping[str, Update]) -> tuple[dict[str, float], float | None]:
+def summands(
+    terms: Aggregation, updates: Mapping[str, Update], training_of: Callable[[str], Training] | None = None
+) -> tuple[dict[str, float], float | None]:  # fmt: skip
     """Of a mean: what each update is multiplied by before it is added, which no other update changes, and what the sum is divided by, where that
     is not the weights' own sum."""
     counts = _counts(terms, updates)
     if terms.traits.by_steps:
-        return server_optimizer.fednova_weights(counts, {s: float(u.header.steps) for s, u in updates.items()})
+        return server_optimizer.fednova_weights(
+            counts, {s: _worth(u.header.steps, training_of and training_of(s)) for s, u in updates.items()}
+        )
     return counts, None
+
+
+def _worth(done: int, training: Training | None) -> float:
+    """A silo's steps by their rates, which FedNova's ‖aᵢ‖₁ is: AdamW's moments are means of gradients, so that no step counts more than its rate."""
+    return float(done) if training is None else steps_worth(done, training.steps, training.schedule, training.warmup_steps)
 
 
 def memory_weights(terms: Aggregation, parts: Mapping[str, float]) -> dict[str, float]:
@@ -183,7 +195,7 @@ def _plain(
     total = math.fsum(counts.values())
     shares = {silo: count / total for silo, count in counts.items()}
     if terms.traits.combine == "mean":
-        weights, divisor = summands(terms, updates)
+        weights, divisor = summands(terms, updates, given.training_of)
         memory = memory_weights(terms, given.parts)
         optimizer, state, files = _server(given, len(updates), out)
         if given.groups:

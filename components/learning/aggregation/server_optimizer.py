@@ -126,7 +126,7 @@ def fednova_weights(counts: Mapping[str, float], steps: Mapping[str, float]) -> 
 
     Args:
         counts: nᵢ, by silo.
-        steps: τᵢ, by silo: ‖aᵢ‖₁ of the local optimiser, which for SGD without momentum is its number of steps.
+        steps: τᵢ, by silo: ‖aᵢ‖₁ of the local optimiser, which for SGD without momentum, at a constant rate, is its number of steps.
     """
     if any(not (steps[silo] > 0 and counts[silo] > 0) for silo in counts):
         raise ValueError("counts and steps: must be positive")

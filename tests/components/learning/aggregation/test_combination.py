@@ -16,6 +16,7 @@ from silotune.components.errors import QuorumError
 from silotune.components.learning.aggregation.factors import A, B
 from silotune.components.learning.update import UpdateRefused
 from silotune.components.terms.strategies import RULES, STRATEGIES, Aggregation
+from silotune.components.terms.training import Training
 
 SILOS = tuple(f"s{i}" for i in range(7))  # as many as Bulyan needs against one
 SAME = 3e-6  # relative; what float32 and another order of summation may change
@@ -222,6 +223,22 @@ def test_silos_of_one_quadratic_loss_come_to_its_optimum(begin: Begin, case: str
     for _ in range(ROUNDS):
         course.close({s: silo.train(course, steps[s], rate) for s, silo in silos.items()}, steps=steps)
     assert distance(weights_of(course.state), target) < 0.02 * away
+
+
+def test_fednova_counts_steps_by_their_rates(begin: Begin) -> None:
+    """Silos with one gradient each, whatever the weights: the step is along the gradients' mean by examples, not nearer to whoever warms up less."""
+    terms = {"s0": Training(steps=4, warmup_steps=4), "s1": Training(steps=20, warmup_steps=4, schedule="linear")}
+    rates = {"s0": [0.25, 0.5, 0.75, 1.0], "s1": [0.25, 0.5, 0.75, 1.0, *(1 - i / 16 for i in range(8))]}  # s1 was stopped after 12 steps
+    course, rng = begin("fednova", silos=2), np.random.default_rng(3)
+    course.training_of = terms.__getitem__
+    before = dict(course.state)
+    gradients = {s: {n: rng.standard_normal(a.shape) for n, a in before.items()} for s in terms}
+    sent = {s: {n: (sum(rates[s]) * g).astype(np.float32) for n, g in its.items()} for s, its in gradients.items()}
+    course.close(sent, {"s0": 1, "s1": 3}, {s: len(r) for s, r in rates.items()})
+    worth = 0.25 * sum(rates["s0"]) + 0.75 * sum(rates["s1"])
+    for name, array in before.items():
+        mean = 0.25 * gradients["s0"][name] + 0.75 * gradients["s1"][name]
+        np.testing.assert_allclose(course.state[name], array + worth * mean, rtol=1e-5, atol=1e-5)
 
 
 def test_control_variates_settle_where_the_loss_is_least_that_weighs_silos_as_their_updates_are(begin: Begin) -> None:
