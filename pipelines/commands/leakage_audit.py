@@ -7,7 +7,9 @@ silotune audit-privacy FILE --without        the same federation without its pri
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -41,8 +43,9 @@ def audit_privacy(
         from silotune.pipelines.simulate import Simulation
 
         bare = Simulation(file).unprotected()
-        for _ in bare.run():
-            pass
+        with contextlib.redirect_stdout(sys.stderr):  # what its steps tell is no result
+            for _ in bare.run():
+                pass
         found["without privacy"] = measure(bare.federation, silos, most=examples, canaries=0)
     if as_json:
         typer.echo(json.dumps({name: one.model_dump() for name, one in found.items()}, indent=2, allow_nan=False))

@@ -119,7 +119,7 @@ def test_a_promise_that_is_broken_ends_in_exit_code_4(private: Path, broken: str
 def test_the_same_federation_without_privacy_beside_it(private: Path) -> None:
     result = CliRunner().invoke(cli.app, ["audit-privacy", str(private), "--silo", "east", "--canaries", "0", "--without", "--json"])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.output)
+    found = json.loads(result.stdout)
     assert set(found) == {"as it is", "without privacy"}
     assert found["without privacy"]["claimed"] is None
     assert found["without privacy"]["outgoing"] != found["as it is"]["outgoing"]
