@@ -31,9 +31,9 @@ sys.stdin.read()
 
 def open_ledger(location: str, keys_folder: Path, copied: bool = True) -> Any:
     from silotune.components import keys
-    from silotune.components.federation import PublicKey
     from silotune.components.steward.ledger import Ledger
     from silotune.components.store.object_store import open_store
+    from silotune.components.terms.security import PublicKey
 
     private = keys.private_key(keys_folder / "north.pem")
     public = [PublicKey(public=(keys_folder / "north.pub").read_text().strip())]

@@ -120,8 +120,8 @@ def disturbed(file: Path, at: int) -> dict[str, float]:
 def signing() -> dict[str, float]:
     """Seconds for an update of 20 million float32 numbers."""
     from silotune.components import keys
-    from silotune.components.federation import PublicKey
     from silotune.components.learning.update import Codec, Header, signed_bytes, write_update
+    from silotune.components.terms.security import PublicKey
 
     rng = np.random.default_rng(0)
     tensors = {f"layers.{i}.lora": rng.standard_normal((1000, 1000), np.float32) for i in range(20)}

@@ -23,35 +23,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from silotune.components import federation_file
 from silotune.components.errors import FederationError
-from silotune.components.federation_file import (
-    COORDINATOR,
-    PUBLIC_KEY,
-    STORE_ROOT,
-    TRACKING_URI,
-)
+from silotune.components.federation_file import COORDINATOR
 from silotune.components.terms.placement import Coordinator, Placement
 from silotune.components.terms.privacy import Privacy
 from silotune.components.terms.rounds import Quorum, Rounds, seconds
 from silotune.components.terms.section import Positive, Section
+from silotune.components.terms.security import PublicKey, Security
+from silotune.components.terms.storage import Storage, Tracking
 from silotune.components.terms.strategies import Aggregation, chosen
 from silotune.components.terms.training import Data, Model, SiloLora, SiloTraining, Training
 
 SILO_ID = r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$"
 
 WORK_VARIABLE = "SILOTUNE_WORK"
-
-
-def _listed(value: Any) -> Any:
-    """``north: ed25519:…`` for ``north: [{public: ed25519:…}]``."""
-    if isinstance(value, str):
-        return [{"public": value}]
-    if not isinstance(value, list):
-        raise ValueError("must be a key as `silotune keys new` prints it, or a list of {public, since, until}")
-    return value
 
 
 class Silo(Section):
@@ -98,69 +86,6 @@ class Communication(Section):
     """What updates look like on the wire."""
 
     codec: Literal["float32", "bfloat16"] = Field("float32", description="Number format of update tensors; bfloat16 halves the bytes.")
-
-
-class Retention(Section):
-    """What `silotune gc` may erase."""
-
-    updates: Positive | None = Field(None, description="Update files of so many of the latest rounds are kept; default: all.")
-
-
-class Storage(Section):
-    """Where rounds, updates and globals live: what all parties can reach."""
-
-    retention: Retention = Field(default_factory=Retention, description="How long update files are kept.")
-    root: str = Field(STORE_ROOT, description="A folder, or `s3://bucket/prefix` (endpoint: AWS_ENDPOINT_URL).")
-    kms_key: str | None = Field(
-        None,
-        min_length=1,
-        description="Key of KMS that the bucket is told to encrypt every object with (SSE-KMS); default: as it is set up.",
-    )
-
-
-class Tracking(Section):
-    """MLflow."""
-
-    uri: str = Field(TRACKING_URI, description="Tracking server, SQLite file, or `none`.")
-    experiment: str | None = Field(None, description="Experiment name; default: the federation's name.")
-
-
-class PublicKey(Section):
-    """One Ed25519 key of a party, and the rounds it is good for."""
-
-    public: str = Field(pattern=PUBLIC_KEY, description="As `silotune keys new` prints it.")
-    since: Annotated[int, Field(ge=0)] = Field(0, description="First round it may sign.")
-    until: Annotated[int, Field(ge=0)] | None = Field(None, description="Last round it may sign; default: no end.")
-
-    @model_validator(mode="after")
-    def _has_a_round(self) -> PublicKey:
-        if self.until is not None and self.until < self.since:
-            raise ValueError(f"until must be at least since, {self.since}, got {self.until}; a key that is good for no round signs nothing")
-        return self
-
-    def good_for(self, round_number: int) -> bool:
-        return self.since <= round_number and (self.until is None or round_number <= self.until)
-
-
-Keys = Annotated[
-    list[PublicKey],
-    BeforeValidator(_listed, json_schema_input_type=Annotated[str, Field(pattern=PUBLIC_KEY)] | list[PublicKey]),
-    Field(min_length=1),
-]
-
-
-class Security(Section):
-    """Who signs, and with which keys."""
-
-    signing: bool = Field(
-        True,
-        description="Plans and commits are signed by the coordinator, updates, reports and scores by the silos; nothing unsigned counts.",
-    )
-    keys: dict[str, Keys] = Field(
-        default_factory=dict,
-        description="Public keys of `coordinator` and of every silo: a text, or a list of `{public, since, until}` to rotate them. "
-        "Without: keys are made on this machine, and commits are marked `custody: local`.",
-    )
 
 
 class Federation(Section):

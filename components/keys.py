@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from silotune.components.errors import FederationError, RefusedError
-from silotune.components.federation import Federation, PublicKey
+from silotune.components.federation import Federation
 from silotune.components.federation_file import COORDINATOR
+from silotune.components.terms.security import PublicKey
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey

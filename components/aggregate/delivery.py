@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from silotune.components.federation import Agreement, PublicKey
+from silotune.components.federation import Agreement
 from silotune.components.keys import verify
 from silotune.components.learning.blob import FileBlob
 from silotune.components.learning.update import Expectation, Update, UpdateRefused, open_update
@@ -17,6 +17,7 @@ from silotune.components.protocol import Plan
 from silotune.components.rounds import Rounds
 from silotune.components.store.object_store import ObjectMissing
 from silotune.components.store.store_blob import StoreBlob
+from silotune.components.terms.security import PublicKey
 
 
 def expectation(rounds: Rounds, plan: Plan, agreement: Agreement, silo: str) -> Expectation:

@@ -31,11 +31,12 @@ from pydantic import ValidationError
 
 from silotune.components import keys
 from silotune.components.errors import RefusedError
-from silotune.components.federation import Federation, PublicKey
+from silotune.components.federation import Federation
 from silotune.components.record_keys import highest
 from silotune.components.steward.entry import Charge, Entry
 from silotune.components.store.local_files import beside, file_errors
 from silotune.components.store.object_store import ObjectMissing, ObjectStore, open_store
+from silotune.components.terms.security import PublicKey
 
 if TYPE_CHECKING:
     from silotune.components.steward.policy import Policy

@@ -10,12 +10,12 @@ from typing import Any
 
 from silotune.components import keys
 from silotune.components.errors import RefusedError
-from silotune.components.federation import PublicKey
 from silotune.components.learning.privacy.accounting import Mechanism
 from silotune.components.steward.budget import Limits, reserve
 from silotune.components.steward.entry import Charge
 from silotune.components.steward.ledger import Ledger
 from silotune.components.store.object_store import ObjectStore
+from silotune.components.terms.security import PublicKey
 
 MOMENTS = {"os.link", "os.remove", "os.mkdir", "os.rename"}  # what Python tells an audit hook of
 

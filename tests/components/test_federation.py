@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from silotune.components.errors import FederationError
-from silotune.components.federation import Agreement, Federation, PublicKey, canonical_json, json_schema
+from silotune.components.federation import Agreement, Federation, canonical_json, json_schema
 from silotune.components.terms.rounds import Quorum, seconds
+from silotune.components.terms.security import PublicKey
 
 GOOD = """
 name: medquad

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 
 from silotune.components import keys
 from silotune.components.errors import FederationError, RefusedError
-from silotune.components.federation import Federation, PublicKey, canonical_json
+from silotune.components.federation import Federation, canonical_json
 from silotune.components.protocol import (
     Attempt,
     Commit,
@@ -36,9 +36,10 @@ from silotune.components.protocol import (
 )
 from silotune.components.provenance import audit
 from silotune.components.rounds import Rounds
-from silotune.components.secure_sum.records import MaskedVector, MaskKeys, Opening, Roster, SealedShares, Survivors
+from silotune.components.secure_sum.records import Confirmation, MaskedVector, MaskKeys, Opening, Roster, SealedShares, Survivors
 from silotune.components.steward import ledger
 from silotune.components.store.directory_store import DirectoryStore
+from silotune.components.terms.security import PublicKey
 
 ORDER = 2**252 + 27742317777372353535851937790883648493  # of Ed25519's base point
 
@@ -305,6 +306,7 @@ RECORDS: list[tuple[Record, str, str]] = [
     (MaskKeys(**PART, sealing="5" * 64, masking="6" * 64), "fed/rounds/00001/secagg/1/keys/north.json", "fed/rounds/00001/secagg/2/keys/north.json"),
     (SealedShares(**PART, roster="r", seed="5" * 64, shares={}), "fed/rounds/00001/secagg/1/shares/north.json", "fed/rounds/00001/secagg/1/shares/south.json"),
     (MaskedVector(**PART, roster="r", object="o", bytes=1, cursor=1), "fed/rounds/00001/secagg/1/masked/north.json", "fed/rounds/00001/secagg/2/masked/north.json"),
+    (Confirmation(**PART, survivors="s"), "fed/rounds/00001/secagg/1/confirmations/north.json", "fed/rounds/00001/secagg/2/confirmations/north.json"),
     (Opening(**PART, survivors="s", seeds={}, keys={}), "fed/rounds/00001/secagg/1/openings/north.json", "fed/rounds/00001/secagg/2/openings/north.json"),
     (
         Roster(round=1, attempt=1, stage="share", plan="p", members={}, at=1.0),

@@ -27,10 +27,11 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.components.federation import PublicKey, canonical_json
+from silotune.components.federation import canonical_json
 from silotune.components.keys import text_of, verify
 from silotune.components.learning.tensor_file import MalformedFile, header_text, open_tensor_file
 from silotune.components.learning.update import KEY, SIGNED, Codec, Expectation, Header, UpdateRefused, open_update, write_update
+from silotune.components.terms.security import PublicKey
 
 NORTH, SOUTH = (Ed25519PrivateKey.from_private_bytes(bytes([i]) * 32) for i in (1, 2))
 SHAPES = {"m.é.lora_A": (2, 6), "m.é.lora_B": (6, 2)}

@@ -15,7 +15,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.components.errors import SilotuneError
-from silotune.components.federation import PublicKey, canonical_json
+from silotune.components.federation import canonical_json
 from silotune.components.keys import text_of, verify
 from silotune.components.learning.tensor_file import to_bytes, write_tensor_file
 from silotune.components.learning.update import (
@@ -29,6 +29,7 @@ from silotune.components.learning.update import (
     signed_bytes,
     write_update,
 )
+from silotune.components.terms.security import PublicKey
 
 rng = np.random.default_rng(8)
 TENSORS = {"m.lora_A": rng.standard_normal((4, 8)).astype(np.float32), "m.lora_B": (rng.standard_normal((8, 4)) * 1e-4).astype(np.float32)}

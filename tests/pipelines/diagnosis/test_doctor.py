@@ -24,7 +24,7 @@ from silotune.components import keys
 from silotune.components.federation import Federation
 from silotune.components.rounds import Rounds
 from silotune.components.store.s3_store import S3Store
-from silotune.pipelines.diagnosis import doctor, kubernetes_view
+from silotune.pipelines.diagnosis import doctor, federation_store, kubernetes_view
 from silotune.pipelines.diagnosis.doctor import Finding
 
 IMAGE = "registry.example/silotune-silo@sha256:" + "a" * 64
@@ -486,8 +486,8 @@ def test_a_bucket_that_is_missing_fails_without_the_credentials(make: Callable[.
 def test_a_clock_that_is_off_is_told_by_how_much(
     make: Callable[..., Federation], ahead: int, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "time", SimpleNamespace(time=lambda: time.time() + ahead))
-    (found,) = doctor.clock(make())
+    monkeypatch.setattr(federation_store, "time", SimpleNamespace(time=lambda: time.time() + ahead))
+    (found,) = federation_store.clock(make())
     assert found.level == level
     if ahead:
         seconds, _, where = found.what.partition(" s ")
@@ -498,7 +498,7 @@ def test_a_clock_that_is_off_is_told_by_how_much(
 def test_sse_kms_is_told_with_the_rights_that_it_takes(make: Callable[..., Federation], surroundings: Any) -> None:
     rule = {"ApplyServerSideEncryptionByDefault": {"SSEAlgorithm": "aws:kms", "KMSMasterKeyID": "arn:key"}}
     surroundings.put_bucket_encryption(Bucket="store", ServerSideEncryptionConfiguration={"Rules": [rule]})
-    (found,) = doctor.encryption(make())
+    (found,) = federation_store.encryption(make())
     assert (found.level, "arn:key" in found.what, "kms:Decrypt" in found.what) == ("ok", True, True)
     assert "Contents" not in surroundings.list_objects_v2(Bucket="store"), "the probe is gone"
 
@@ -510,7 +510,7 @@ def test_the_key_that_the_file_names_is_tried_by_writing_as_everything_is_writte
     make: Callable[..., Federation], surroundings: Any
 ) -> None:
     named = make(("s3://store/federations", f's3://store/federations, kms_key: "{KEY}"'))
-    (found,) = doctor.encryption(named)
+    (found,) = federation_store.encryption(named)
     assert (found.level, KEY in found.what) == ("ok", True)
     store = Rounds.of(named).store
     store.create("ward/a", b"1")
@@ -529,7 +529,7 @@ def test_a_store_that_encrypts_otherwise_than_the_file_says_fails(
     make: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch, told: tuple[str, str], level: str, what: str
 ) -> None:
     monkeypatch.setattr(S3Store, "encryption", lambda self: told)
-    (found,) = doctor.encryption(make(("s3://store/federations", f's3://store/federations, kms_key: "{KEY}"')))
+    (found,) = federation_store.encryption(make(("s3://store/federations", f's3://store/federations, kms_key: "{KEY}"')))
     assert (found.level, what in found.what) == (level, True)
 
 
