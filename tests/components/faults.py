@@ -132,6 +132,14 @@ class FaultyStore:
         return bytes(harmed)
 
 
+def _connected(host: str, port: int) -> socket.socket:
+    """Without a look at the resolver, whose lock a fork would inherit from this thread."""
+    server = socket.socket()
+    server.settimeout(10)
+    server.connect((host, port))
+    return server
+
+
 class FaultyProxy:
     """A TCP proxy on 127.0.0.1 before an endpoint, whose connections go wrong at random, each in one way at most.
 
@@ -185,7 +193,7 @@ class FaultyProxy:
     def _serve(self, client: socket.socket, kind: str, place: int) -> None:
         with client:
             try:
-                server = socket.create_connection(self._target, timeout=10)
+                server = _connected(*self._target)
             except OSError:
                 return
             server.settimeout(None)
