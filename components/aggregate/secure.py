@@ -70,7 +70,7 @@ def secure_sum(rounds: Rounds, plan: Plan, agreement: Agreement, survivors: Surv
     from silotune.components.learning.privacy.masked_vector import Vector, VectorDamaged, write_sum
 
     secure = SecureRound(rounds, plan.round, survivors.attempt, plan.digest)
-    records = {silo: secure.named(MaskedVector, silo, digest) for silo, digest in survivors.members.items()}
+    records = secure.named(MaskedVector, survivors.members)
     schema = rounds.json_object(plan.participants[min(records)].tensors)
     size = secure_terms.vector_bytes(agreement, schema)
     vectors = [Vector(s, StoreBlob(rounds.store, rounds.object_key(r.object, s), size), r.object) for s, r in sorted(records.items())]
@@ -109,8 +109,8 @@ def _masks(secure: SecureRound, agreement: Agreement, survivors: Survivors) -> l
     if first is None or roster is None or roster.digest != survivors.roster:
         gone = secure.roster_key("share" if first is None else "mask")
         raise RefusedError(f"{gone}: is gone, or is not the one that the survivors name; restore it from a backup", "record gone")
-    keys = {silo: secure.named(MaskKeys, silo, first.members[silo]) for silo in roster.members}
-    dealt = {silo: secure.named(SealedShares, silo, digest) for silo, digest in roster.members.items()}
+    keys = secure.named(MaskKeys, {silo: first.members[silo] for silo in roster.members})
+    dealt = secure.named(SealedShares, roster.members)
     openings = _openings(secure, agreement, survivors, dealt)
     masks, places = [], secure_terms.places(agreement)
     for silo in sorted(survivors.members):

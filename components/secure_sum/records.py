@@ -16,7 +16,8 @@ the same bytes, or not at all. Of `Survivors` there is one in a round: from then
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -24,6 +25,7 @@ from pydantic import Field
 
 from silotune.components.errors import RefusedError
 from silotune.components.protocol import OfSilo, Plan, Record, Turn
+from silotune.components.round_records import READERS
 from silotune.components.rounds import Rounds
 from silotune.components.store.object_store import ObjectMissing
 from silotune.components.terms.section import Section
@@ -161,11 +163,11 @@ class SecureRound:
             raise RefusedError(f"{key}: is not the record that the roster names; the store shows different ones", "another record")
         return found
 
-    def named(self, kind: type[A], silo: str, digest: str) -> A:
-        """The record that a roster names. Raises RefusedError where it is gone or is another one."""
-        found = self.read(kind, silo, digest)
-        assert found is not None
-        return found
+    def named(self, kind: type[A], members: Mapping[str, str]) -> dict[str, A]:
+        """By silo: the records that a roster, or the survivors, name by digest. Raises RefusedError where one is gone or is another one."""
+        with ThreadPoolExecutor(READERS) as pool:
+            found = pool.map(lambda silo: self.read(kind, silo, members[silo]), sorted(members))
+            return {record.silo: record for record in found if record is not None}
 
     def write(self, record: A) -> A:
         """Returns the record that stands."""
@@ -173,15 +175,16 @@ class SecureRound:
 
     def believed(self, kind: type[A], silos: Iterable[str]) -> tuple[dict[str, A], dict[str, str]]:
         """Those silos' records that are there, and why others cannot be believed."""
-        found: dict[str, A] = {}
-        bad: dict[str, str] = {}
-        for silo in sorted(silos):
+
+        def tried(silo: str) -> tuple[str, A | None, str]:
             try:
-                if record := self.read(kind, silo):
-                    found[silo] = record
+                return silo, self.read(kind, silo), ""
             except RefusedError as error:
-                bad[silo] = str(error)
-        return found, bad
+                return silo, None, str(error)
+
+        with ThreadPoolExecutor(READERS) as pool:
+            results = list(pool.map(tried, sorted(silos)))
+        return {silo: record for silo, record, _ in results if record}, {silo: why for silo, _, why in results if why}
 
     def roster(self, stage: Stage) -> Roster | None:
         """Raises RefusedError where it is of something else."""
@@ -251,4 +254,4 @@ def spent(rounds: Rounds, plan: Plan) -> dict[str, int]:
     if found is None:
         return {}
     secure = SecureRound(rounds, plan.round, found.attempt, plan.digest)
-    return {silo: secure.named(MaskedVector, silo, digest).cursor for silo, digest in sorted(found.members.items())}
+    return {silo: record.cursor for silo, record in secure.named(MaskedVector, found.members).items()}

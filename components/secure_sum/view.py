@@ -49,7 +49,7 @@ class View:
             raise self.refused(f"the roster names {', '.join(strangers)}, whom the plan does not ask", "strangers in the roster")
         if len(roster.members) < self.few:
             raise self.refused(f"the roster has {len(roster.members)} silos, needs {self.few}", "roster too small")
-        peers = {silo: self.secure.named(MaskKeys, silo, digest) for silo, digest in roster.members.items()}
+        peers = self.secure.named(MaskKeys, roster.members)
         for silo, shown in peers.items():
             if not (is_key(bytes.fromhex(shown.sealing)) and is_key(bytes.fromhex(shown.masking))):
                 raise self.refused(f"by a key of {silo} no secret can be agreed on; look into that silo", f"bad key of {silo}")
@@ -79,8 +79,7 @@ class View:
         from silotune.components.learning.privacy.shamir import SHARE_BYTES
 
         found = {}
-        for dealer, digest in sorted(roster.members.items()):
-            dealt = self.secure.named(SealedShares, dealer, digest)
+        for dealer, dealt in self.secure.named(SealedShares, roster.members).items():
             bad = self.refused(f"the shares of {dealer} are not as the protocol has them; look into that silo", f"bad shares of {dealer}")
             if dealt.roster != first.digest or dealt.shares.keys() != first.members.keys():
                 raise bad
@@ -103,8 +102,8 @@ class View:
             raise self.refused("the survivors are not of the second roster", "survivors grew")
         if len(survivors.members) < self.few:
             raise self.refused(f"{len(survivors.members)} silos survive, a sum needs {self.few}", "too few survivors")
-        for silo, digest in sorted(survivors.members.items()):
-            if self.secure.named(MaskedVector, silo, digest).roster != roster.digest:
+        for silo, record in self.secure.named(MaskedVector, survivors.members).items():
+            if record.roster != roster.digest:
                 rule = f"the vector of {silo} was masked against another roster than the one shown; the coordinator tells silos different things"
                 raise self.refused(rule, "another roster")
 

@@ -90,7 +90,7 @@ def _delivered(rounds: Rounds, number: int) -> dict[str, str]:
     plan = rounds.plan(number)
     if plan and (survivors := SecureRound(rounds, number, 1, plan.digest).survivors()):
         secure = SecureRound(rounds, number, survivors.attempt, plan.digest)
-        found |= {silo: secure.named(MaskedVector, silo, digest).object for silo, digest in survivors.members.items()}
+        found |= {silo: record.object for silo, record in secure.named(MaskedVector, survivors.members).items()}
     return found
 
 

@@ -92,7 +92,7 @@ class Spy(SecureCourse):
                 raise ValueError(f"{len(shares)} shares of {silo}")
             return shamir.join(dict(list(shares.items())[:needed]))
 
-        public = {s: bytes.fromhex(self.secure.named(MaskKeys, s, d).masking) for s, d in first.members.items()}  # type: ignore[attr-defined]
+        public = {s: bytes.fromhex(r.masking) for s, r in self.secure.named(MaskKeys, first.members).items()}
         private = {own: bytes.fromhex(self.part(own).view.secrets.known(1, 1).masking) for own in self.league}
         total = np.zeros(0)
         for silo in of:

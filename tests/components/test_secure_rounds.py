@@ -175,7 +175,7 @@ def test_a_vector_that_the_store_damaged_is_sent_again_with_the_same_bytes(tmp_p
     assert survivors is not None
     from silotune.components.secure_sum.records import MaskedVector
 
-    record = course.secure.named(MaskedVector, "cy", survivors.members["cy"])
+    record = course.secure.named(MaskedVector, survivors.members)["cy"]
     path = course.path(course.rounds.object_key(record.object, "cy"))
     data = bytearray(path.read_bytes())
     data[3] ^= 4
