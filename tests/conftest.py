@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import forks  # noqa: F401 - some tests fork
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forks  # noqa: F401 - lives are forked right after threads have verified signatures
 import invariants
 import traps
 from board import STORE_FAULTS, Board
