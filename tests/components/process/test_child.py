@@ -229,29 +229,30 @@ def test_what_libraries_raise_has_the_same_reasons(error: Exception, reason: str
     assert ending.told(error)["reason"] == reason
 
 
-def test_a_child_that_the_kernel_kills_for_memory_is_out_of_memory(small_group: None, way: str) -> None:
+def test_a_child_that_the_kernel_kills_for_memory_is_out_of_memory(small_group: int, way: str) -> None:
     with pytest.raises(child.ChildDied) as caught:
-        child.call("probe", "eat", str(2**30))
+        child.call("probe", "eat", str(small_group + 2**28))
     assert caught.value.reason == "out of memory"
 
 
 @pytest.fixture
-def small_group() -> Iterator[None]:
-    """This process, and what it starts, is in a control group with room for little; at the end it is back where it was."""
+def small_group() -> Iterator[int]:
+    """This process, and what it starts, is in a control group with room for so many bytes; at the end it is back where it was."""
     paths = {kind: path for _, kind, path in (line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines())}
     first = "memory" in paths  # version 1 of control groups
     root = Path("/sys/fs/cgroup/memory" if first else "/sys/fs/cgroup")
     old, group = root / paths["memory" if first else ""].strip("/"), root / f"silotune-test-{os.getpid()}"
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    limit = resident + 2**28  # what is resident now may count, or may stay with the old group
     try:
         group.mkdir()
-        (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(resident + 2**28))
+        (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(limit))
         (group / "cgroup.procs").write_text(str(os.getpid()))
     except OSError:
         if group.exists():
             group.rmdir()
         pytest.skip("no right to make a control group with a memory limit")
-    yield
+    yield limit
     (old / "cgroup.procs").write_text(str(os.getpid()))
     for _ in range(100):
         with contextlib.suppress(OSError):
