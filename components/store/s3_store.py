@@ -217,11 +217,13 @@ class S3Store:
 
         patience = time.monotonic() + PATIENCE
         for attempt in range(self._attempts):
-            answer = client.get_object(**self._names(key), **extra)
+            answer = None
             try:
+                answer = client.get_object(**self._names(key), **extra)
                 return answer, answer["Body"].read()
             except (BotoCoreError, HTTPError) as error:  # it broke within the body: botocore repeats only what breaks before it
-                if attempt + 1 == self._attempts or time.monotonic() > patience:
+                repeated = answer is None and isinstance(error, BotoCoreError)
+                if repeated or attempt + 1 == self._attempts or time.monotonic() > patience:
                     raise error if isinstance(error, BotoCoreError) else ResponseStreamingError(error=type(error).__name__) from error
             time.sleep(0.1 * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
@@ -231,6 +233,7 @@ class S3Store:
         """This process's client. Errors leave translated; where an object is read, "not found" is ObjectMissing."""
         from botocore.exceptions import BotoCoreError, ClientError
         from botocore.parsers import ResponseParserError
+        from urllib3.exceptions import HTTPError
 
         try:
             yield self._connected()
@@ -244,6 +247,8 @@ class S3Store:
             if isinstance(error, ValueError) and "timestamp" not in str(error):
                 raise
             raise UnreachableError(f"{self}: an answer broke off before its end; {AGAIN}") from error
+        except HTTPError as error:  # botocore does not translate what breaks within the body of a refusal
+            raise UnreachableError(f"{self}: an answer broke off before its end ({type(error).__name__}); {AGAIN}") from error
         except OSError as error:
             raise SilotuneError(f"{self}: a local file cannot be read: {error}") from error
 

@@ -813,6 +813,27 @@ def test_an_answer_that_ends_within_its_headers_is_not_an_empty_object(scripted:
             use.__func__(scripted(lambda handler, body, _count: early(handler, body, 0)), "a")
 
 
+def test_a_refusal_that_breaks_off_in_its_body_is_asked_for_again(scripted: Callable[[Script], S3Store]) -> None:
+    """botocore reads the body of a refusal itself, and lets urllib3's own error out."""
+
+    def broken(handler: BaseHTTPRequestHandler, _body: bytes, count: int) -> tuple[int, bytes] | None:
+        if count < 2:
+            handler.send_response(404)
+            handler.send_header("Content-Length", "1000")
+            handler.end_headers()
+            handler.wfile.write(b"<Error>")
+            handler.wfile.flush()
+            time.sleep(0.2)
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing sends a reset
+            handler.connection.close()
+            raise ConnectionAbortedError
+        return 200, b"0123456789"
+
+    assert scripted(broken).get("a") == b"0123456789"
+    with pytest.raises(UnreachableError):  # in the words of botocore, or in ours
+        scripted(lambda handler, body, _count: broken(handler, body, 0)).delete("a")
+
+
 def test_an_answer_that_ends_within_a_date_is_told_as_one(scripted: Callable[[Script], S3Store]) -> None:
     """botocore reads the date before it knows that the headers did not come whole."""
 
