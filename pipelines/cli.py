@@ -220,7 +220,7 @@ def _run_here(federation: Federation, store: Rounds, slots: int, start: Callable
                 going.stop()
             typer.echo(f"\nstopped; nothing committed is lost, `silotune run {quote(str(file))}` goes on from there", err=True)
             raise typer.Exit(143 if isinstance(why, Terminated) else 130) from None
-        except BaseException:
+        except BaseException:  # whatever ends the command, a run does not outlive it
             if going:
                 going.stop()
             raise

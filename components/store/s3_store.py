@@ -222,7 +222,7 @@ class S3Store:
                 answer = client.get_object(**self._names(key), **extra)
                 return answer, answer["Body"].read()
             except (BotoCoreError, HTTPError) as error:  # it broke within the body: botocore repeats only what breaks before it
-                repeated = answer is None and isinstance(error, BotoCoreError)
+                repeated = answer is None and isinstance(error, BotoCoreError)  # by botocore, as often as it may be
                 if repeated or attempt + 1 == self._attempts or time.monotonic() > patience:
                     raise error if isinstance(error, BotoCoreError) else ResponseStreamingError(error=type(error).__name__) from error
             time.sleep(0.1 * 2**attempt)

@@ -96,7 +96,7 @@ def _disabled(client: Any, recurring: list[Any]) -> Iterator[None]:
         client.disable_recurring_run(identity)
     try:
         yield
-    except BaseException:
+    except BaseException:  # Ctrl-C, too, leaves the old schedule as it was
         for identity in enabled:
             client.enable_recurring_run(identity)
         raise

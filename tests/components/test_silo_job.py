@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from stand_in import stand_in
 
 from silotune.components import silo_job
 from silotune.components.errors import FederationError
@@ -80,16 +81,7 @@ def work(file, silo, what, *more):
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Writes a federation file of one silo, ``north``, and puts silotune.components.probe.step beside the real steps."""
-    package = tmp_path / "parts" / "probe"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "step.py").write_text(STEP)
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(
-        f"import silotune.components\nsilotune.components.__path__ = [*silotune.components.__path__, {str(tmp_path / 'parts')!r}]\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    stand_in(STEP, tmp_path, monkeypatch)
     monkeypatch.delenv(child.WARM_VARIABLE, raising=False)
 
     def write(**rounds: Any) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from stand_in import stand_in
 
 from silotune.components.errors import FederationError, UnreachableError
 from silotune.components.process import child, ending
@@ -100,20 +101,7 @@ def work(*arguments):
 
 @pytest.fixture
 def step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A step module that stands beside the real ones, for this test only: silotune.components.probe.step."""
-    import silotune.components
-
-    package = tmp_path / "parts" / "probe"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "step.py").write_text(STEP)
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(
-        f"import silotune.components\nsilotune.components.__path__ = [*silotune.components.__path__, {str(tmp_path / 'parts')!r}]\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(site))
-    assert silotune.components
+    stand_in(STEP, tmp_path, monkeypatch)
     return "probe"
 
 
