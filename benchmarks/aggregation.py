@@ -17,49 +17,13 @@ import argparse
 import base64
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from robust import measure_robust, part_robust
-
-THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-MIB = 1 << 20
-Measured = dict[str, float]  # wall and cpu in seconds, base and peak in MiB
-
-
-def peak_memory() -> float:
-    """This process's, so far, in MiB."""
-    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def timed(work: Callable[[], object]) -> Measured:
-    base, cpu, wall = peak_memory(), time.process_time(), time.perf_counter()
-    work()
-    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "base": base, "peak": peak_memory()}
-
-
-def measured(part: str, what: str, arguments: dict[str, Any]) -> Measured:
-    """One measurement in a process of its own."""
-    command = [sys.executable, __file__, part, "--measure", what, "--arguments", json.dumps(arguments)]
-    done = subprocess.run(command, env=os.environ | THREADS, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
-
-
-def in_turns(part: str, names: list[str], arguments: dict[str, Any], repeats: int) -> dict[str, Measured]:
-    """The fastest of some runs of each."""
-    runs: dict[str, list[Measured]] = {name: [] for name in names}
-    for _ in range(repeats):
-        for name in names:
-            runs[name].append(measured(part, name, arguments))
-    return {name: {key: min(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
-
+from turns import MIB, Measured, in_turns, measured, timed
+from updates import make_updates, shapes_of
 
 # mean
 
@@ -72,32 +36,6 @@ LABELS = {
     "checked": "the same with digests, norms and signatures",
     "covered": "that, each clipped and the sum covered by noise (privacy.silo)",
 }
-
-
-def shapes_of(numbers: int) -> dict[str, tuple[int, ...]]:
-    """Twenty tensors."""
-    return {f"layers.{n:02d}.weight": (numbers // 20,) for n in range(20)}
-
-
-def make_updates(folder: Path, count: int, numbers: int) -> None:
-    import numpy as np
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    from silotune.components.learning.tensor_file import to_bytes, write_tensor_file
-    from silotune.components.learning.update import Codec, Header, write_update
-
-    key, shapes = Ed25519PrivateKey.generate(), shapes_of(numbers)
-    for k in range(count):
-        header = Header(
-            federation="f", agreement="a", round=1, silo=f"{k:04d}", plan="p", base="b", incoming="i", examples=100 + k, tokens=1, steps=1,
-            cursor=1, loss=1.0, norm=0.0, codec=Codec(name="float32"), tensors={},
-        )  # fmt: skip
-        rng = np.random.default_rng(k)
-        tensors = {n: 1e-3 * rng.standard_normal(s, dtype=np.float32) for n, s in shapes.items()}
-        write_update(folder / f"{k:04d}", header, tensors, lambda message: base64.b64encode(key.sign(message)).decode())
-    zeros = ((n, to_bytes(np.ones(s, np.float32), "F32")) for n, s in sorted(shapes.items()))
-    write_tensor_file(folder / "incoming", shapes, "F32", zeros, {"format": "pt"})
-    (folder / "key").write_bytes(key.public_key().public_bytes_raw())
 
 
 def measure_mean(what: str, folder: str, files: int, silos: int, numbers: int) -> Measured:

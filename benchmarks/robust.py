@@ -19,7 +19,7 @@ REFERENCE_BLOCK = 1 << 13  # numbers of one silo; the fastest of 2^11 to 2^16 fo
 
 def measure_robust(what: str, folder: str, silos: int, numbers: int) -> dict[str, float]:
     # All that is imported on the way, before the clock and the memory count.
-    from aggregation import timed
+    from turns import timed
 
     from silotune.components.learning import tensor_file  # noqa: F401
     from silotune.components.learning.aggregation import robust as rules  # noqa: F401
@@ -161,7 +161,8 @@ def lora_work(side: str, silos: int) -> Any:
 
 
 def part_robust(options: argparse.Namespace) -> None:
-    from aggregation import MIB, in_turns, make_updates
+    from turns import MIB, in_turns
+    from updates import make_updates
 
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         make_updates(Path(folder), options.silos, options.numbers)
